@@ -1,0 +1,498 @@
+"""From records to batches: the chain that feeds training.
+
+A training example is one (image, caption) pair; an epoch is all pairs. Row k
+of the run is pair `order[k]`, shuffled anew in every epoch, whatever the
+number of processes, threads or workers: process p of P makes rows
+[p B/P, (p+1) B/P) of each global batch of B, so the global batches are the
+same arrays too. All randomness of a row comes from (seed, epoch, pair), so a
+resumed run sees the same augmentation and the same masks.
+
+Bad records are replaced by others drawn from the row's own generator, and
+travel with the batch as flags, which the iterator counts and names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from glscl_jax import config as config_lib
+from glscl_jax import types
+from glscl_jax.data import masking, sources, transforms
+from glscl_jax.data import tokenizer as tokenizer_lib
+
+_log = logging.getLogger(__name__)
+
+MAX_TRIES = 8  # records tried for one row before the run gives up
+MIN_ROWS = 1000  # rows read before the share of bad ones is judged
+NO_TEXT, NO_IMAGE = 1, 2  # why a record was replaced
+REASONS = {NO_TEXT: "empty caption", NO_IMAGE: "unreadable image"}
+
+_BATCH_FIELDS = tuple(f.name for f in dataclasses.fields(types.Batch))
+_BAD_PAIR, _BAD_REASON, _TRUNCATED = "bad_pair", "bad_reason", "truncated"
+
+
+class BadDataError(RuntimeError):
+  """Too many records cannot be used; the message lists the first ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+  """The (image, caption) pairs of a source, numbered record by record.
+
+  A record without captions still counts as one pair: a bad one, reported.
+  """
+
+  source: sources.Source
+  ends_A: np.ndarray  # int64, running total of pairs after each record
+
+  def __len__(self) -> int:
+    return int(self.ends_A[-1]) if len(self.ends_A) else 0
+
+  def __getitem__(self, pair: int) -> tuple[sources.Example, str]:
+    record = int(np.searchsorted(self.ends_A, pair, side="right"))
+    example = self.source[record]
+    first = int(self.ends_A[record - 1]) if record else 0
+    captions = example.captions or ("",)
+    return example, captions[pair - first]
+
+
+def make_pairs(source: sources.Source) -> Pairs:
+  """Counts the captions of every record, which reads each record once."""
+  counts_A = np.array(
+    [max(1, len(source[i].captions)) for i in range(len(source))], np.int64
+  )
+  return Pairs(source, np.cumsum(counts_A))
+
+
+def mask_kinds(config: config_lib.Config) -> frozenset[str]:
+  """Which masks the active objectives read: mlm, scl, keep, token, false."""
+  weight = config.objectives
+  kinds = set()
+  if weight.mlm > 0:
+    kinds |= {"mlm"}
+  if weight.mgsc_image > 0 or weight.mgsc_text > 0 or weight.mltc_text > 0:
+    kinds |= {"scl", "keep"}
+  if weight.mltc_image > 0:
+    kinds |= {"scl", "token"}
+  if weight.itm > 0 and weight.itm_negatives == "dataset":
+    kinds |= {"false"}
+  return frozenset(kinds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowMaker:
+  """Makes row `position` of the run; picklable, so that workers can run it."""
+
+  config: config_lib.Config
+  tokenizer: tokenizer_lib.Tokenizer
+  pairs: Pairs
+  order: grain.MapDataset  # position -> pair, reshuffled in every epoch
+  plain_ids_V: np.ndarray  # int32 ids a random replacement is drawn from
+  kinds: frozenset[str]  # of masks
+  first: int  # of this process's rows in a global batch
+  count: int  # of this process's rows in a global batch
+
+  def __call__(self, local: int) -> dict[str, np.ndarray]:
+    """Row number `local` among those of this process, counted from step 0."""
+    step, offset = divmod(int(local), self.count)
+    return self.row(step * self.config.data.batch_size + self.first + offset)
+
+  def row(self, position: int) -> dict[str, np.ndarray]:
+    """Row `position` of the run: arrays named as in Batch, and flags."""
+    epoch, pair = position // len(self.pairs), int(self.order[position])
+    bad: list[tuple[int, int]] = []
+    example, caption, image_YXC = self._read(epoch, pair, "own", bad)
+    pair_key = (self.config.data.seed, epoch, pair)
+    row = {
+      "image_BYXC": self._augment(pair_key, "augment", image_YXC, caption),
+      "image_id_B": np.int32(example.image_id),
+    }
+    row |= self._text(pair_key, caption)
+    row |= self._patches(pair_key)
+    if "false" in self.kinds:
+      row |= self._false_image(position, pair_key, bad)
+    return row | _flags(bad)
+
+  def _read(
+    self, epoch: int, pair: int, stream: str, bad: list[tuple[int, int]]
+  ) -> tuple[sources.Example, str, np.ndarray]:
+    """The pair, or the first usable one of a chain drawn from its own key."""
+    rng = masking.sample_rng(
+      self.config.data.seed, epoch, pair, f"replace {stream}"
+    )
+    tried = []
+    for _ in range(MAX_TRIES):
+      example, caption = self.pairs[pair]
+      if not caption.strip():
+        tried.append((pair, NO_TEXT))
+      else:
+        try:
+          image_YXC = transforms.decode(example.image)
+        except transforms.BadImage:
+          tried.append((pair, NO_IMAGE))
+        else:
+          bad.extend(tried)
+          return example, caption, image_YXC
+      pair = int(rng.integers(len(self.pairs)))
+    names = "; ".join(
+      f"{self.pairs[p][0].id}: {REASONS[reason]}" for p, reason in tried
+    )
+    raise BadDataError(
+      f"{self.pairs.source.name}: {MAX_TRIES} records drawn one after another"
+      f" cannot be used ({names}). Prepare the data again."
+    )
+
+  def _augment(
+    self,
+    pair_key: tuple[int, int, int],
+    stream: str,
+    image_YXC: np.ndarray,
+    caption: str,
+  ) -> np.ndarray:
+    return transforms.augment(
+      masking.sample_rng(*pair_key, stream),
+      image_YXC,
+      caption,
+      size=self.config.model.vision.image_size,
+      config=self.config.data.augment,
+    )
+
+  def _text(
+    self, pair_key: tuple[int, int, int], caption: str
+  ) -> dict[str, np.ndarray]:
+    options = self.config.masking
+    tokens = self.tokenizer.encode(caption, self.config.model.text.max_length)
+    real_T = tokens.valid_T & (tokens.word_T >= 0)
+    row = {
+      "text_ids_BT": tokens.ids_T,
+      "text_valid_BT": tokens.valid_T,
+      _TRUNCATED: np.bool_(tokens.truncated),
+    }
+    if "mlm" in self.kinds:
+      masked = masking.mask_tokens(
+        masking.sample_rng(*pair_key, "mlm"),
+        tokens.ids_T,
+        real_T,
+        rate=options.mlm_rate,
+        mask_id=self.tokenizer.mask_id,
+        plain_ids_V=self.plain_ids_V,
+        scheme=options.mlm_scheme,
+        word_T=tokens.word_T if options.mlm_whole_word else None,
+        padded_draw=options.mlm_padded_draw,
+      )
+      row |= {
+        "mlm_ids_BT": masked.ids_T,
+        "mlm_pos_BJ": masked.pos_J,
+        "mlm_labels_BJ": masked.labels_J,
+        "mlm_ok_BJ": masked.ok_J,
+      }
+    if "scl" in self.kinds:
+      masked = masking.mask_completion(
+        masking.sample_rng(*pair_key, "completion"),
+        tokens.ids_T,
+        real_T,
+        rate=options.completion_text_rate,
+        mask_id=self.tokenizer.mask_id,
+        with_replacement=options.text_mask_with_replacement,
+      )
+      row |= {
+        "scl_ids_BT": masked.ids_T,
+        "scl_pos_BJ": masked.pos_J,
+        "scl_ok_BJ": masked.ok_J,
+      }
+    return row
+
+  def _patches(self, pair_key: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    options = self.config.masking
+    num_patches = self.config.model.vision.num_patches
+    row = {}
+    if "keep" in self.kinds:
+      row["keep_idx_BI"] = masking.drop_patches(
+        masking.sample_rng(*pair_key, "drop"),
+        num_patches,
+        drop_ratio=options.image_drop_ratio,
+      )
+    if "token" in self.kinds:
+      row["tok_idx_BI"] = masking.token_patches(
+        masking.sample_rng(*pair_key, "token"),
+        num_patches,
+        ratio=options.image_token_ratio,
+      )
+    return row
+
+  def _false_image(
+    self,
+    position: int,
+    pair_key: tuple[int, int, int],
+    bad: list[tuple[int, int]],
+  ) -> dict[str, np.ndarray]:
+    """ITM with a random training image where the label is 0 (4.1.3)."""
+    seed, epoch, _ = pair_key
+    group = min(self.config.objectives.neg_group, self.config.data.batch_size)
+    number, offset = divmod(position, group)
+    labels_G = masking.sample_rng(seed, 0, number, "itm").permutation(group)
+    rng = masking.sample_rng(*pair_key, "false")
+    other = int(rng.integers(len(self.pairs)))
+    _, caption, image_YXC = self._read(epoch, other, "false", bad)
+    return {
+      "itm_labels_B": np.int32(labels_G[offset] < group // 2),
+      "false_image_BYXC": self._augment(
+        pair_key, "augment false", image_YXC, caption
+      ),
+    }
+
+
+def _flags(bad: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+  """Fixed-size arrays that tell the main process which pairs were bad."""
+  pair_A = np.full(2 * MAX_TRIES, -1, np.int64)
+  reason_A = np.zeros(2 * MAX_TRIES, np.int8)
+  for i, (pair, reason) in enumerate(bad):
+    pair_A[i], reason_A[i] = pair, reason
+  return {_BAD_PAIR: pair_A, _BAD_REASON: reason_A}
+
+
+class TrainIterator:
+  """Endless batches with an exact, tiny, process-independent state.
+
+  Yields dicts from Batch field names to this process's rows of the global
+  batch. Batches are made ahead by `config.data.num_threads` threads, or by
+  `num_workers` processes with one thread each; neither changes a byte.
+  """
+
+  def __init__(self, make_row: RowMaker, *, max_bad_share: float):
+    self._make_row = make_row
+    self._max_bad_share = max_bad_share
+    self._step = 0
+    self._batches = None
+    self._rows = 0
+    self._truncated = 0
+    self._bad_rows = 0
+    self._bad: dict[int, tuple[str, str]] = {}
+
+  def __iter__(self) -> TrainIterator:
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    if self._batches is None:
+      self._batches = iter(self._dataset())
+    batch = next(self._batches)
+    self._step += 1
+    self._count(
+      batch.pop(_BAD_PAIR), batch.pop(_BAD_REASON), batch.pop(_TRUNCATED)
+    )
+    return batch
+
+  def get_state(self) -> dict[str, int]:
+    """What JSON needs to continue here, the same in every process."""
+    return {"step": self._step}
+
+  def set_state(self, state: Mapping[str, int]) -> None:
+    """Continues with the batch after the one `get_state` followed."""
+    self.close()
+    self._step = int(state["step"])
+
+  def close(self) -> None:
+    """Stops threads and workers; the iterator can be used again."""
+    if self._batches is not None:
+      self._batches.close()
+      self._batches = None
+
+  def report(self) -> dict[str, Any]:
+    """What this process has met since it started (not since step 0).
+
+    Returns:
+      rows: delivered. bad_rows: of them, how many replaced a bad record (its
+      own or its false image). truncated: rows whose caption was cut to the
+      limit. bad_records: "id: reason" of each distinct bad record.
+    """
+    return {
+      "rows": self._rows,
+      "bad_rows": self._bad_rows,
+      "truncated": self._truncated,
+      "bad_records": [f"{name}: {why}" for name, why in self._bad.values()],
+    }
+
+  def _dataset(self) -> grain.IterDataset:
+    data = self._make_row.config.data
+    count = self._make_row.count
+    # Batched before the threads and workers: their number changes no batch.
+    dataset = (
+      grain.MapDataset.range(self._step * count, sys.maxsize // count * count)
+      .map(self._make_row)
+      .batch(count, drop_remainder=True)
+      .to_iter_dataset(
+        grain.ReadOptions(
+          num_threads=1 if data.num_workers else data.num_threads,
+          prefetch_buffer_size=data.prefetch,
+        )
+      )
+    )
+    if data.num_workers:
+      dataset = dataset.mp_prefetch(
+        grain.MultiprocessingOptions(
+          num_workers=data.num_workers,
+          per_worker_buffer_size=max(1, data.prefetch // data.num_workers),
+        )
+      )
+    return dataset
+
+  def _count(
+    self, pair_BA: np.ndarray, reason_BA: np.ndarray, truncated_B: np.ndarray
+  ) -> None:
+    self._rows += len(truncated_B)
+    self._truncated += int(truncated_B.sum())
+    self._bad_rows += int((pair_BA >= 0).any(axis=1).sum())
+    found_BA = pair_BA >= 0
+    for pair, reason in zip(
+      pair_BA[found_BA].tolist(), reason_BA[found_BA].tolist(), strict=True
+    ):
+      if pair not in self._bad:
+        name = self._make_row.pairs[pair][0].id
+        self._bad[pair] = (name, REASONS[reason])
+        _log.warning(
+          "record %s of %s: %s; another one takes its place",
+          name,
+          self._make_row.pairs.source.name,
+          REASONS[reason],
+        )
+    self._judge()
+
+  def _judge(self) -> None:
+    """Fails when more rows are bad than the limit explains.
+
+    Three standard deviations above it, so that no set within the limit is
+    failed by chance; with a limit of 0 the first bad row fails.
+    """
+    limit = self._max_bad_share * self._rows
+    if self._max_bad_share > 0 and self._rows < MIN_ROWS:
+      return
+    if self._bad_rows > limit + 3 * limit**0.5:
+      first = "; ".join(self.report()["bad_records"][:10])
+      raise BadDataError(
+        f"{self._make_row.pairs.source.name}: {self._bad_rows} of"
+        f" {self._rows} rows met a bad record, config.data.max_bad_share is"
+        f" {self._max_bad_share}. First ones: {first}. Prepare the data again"
+        " or raise the limit."
+      )
+
+
+def make_train_iterator(
+  config: config_lib.Config,
+  tokenizer: tokenizer_lib.Tokenizer,
+  *,
+  process_index: int = 0,
+  process_count: int = 1,
+  source: sources.Source | None = None,
+) -> TrainIterator:
+  """The training batches of one process.
+
+  Args:
+    config: the run's.
+    tokenizer: whose vocabulary must be the model's.
+    process_index: which of the `process_count` blocks of rows to make.
+    process_count: how many blocks a global batch has; processes that hold the
+      same rows (tensor parallel) ask for the same block.
+    source: records to use instead of `config.data.train_split`.
+
+  Raises:
+    ConfigError: sizes that do not fit, a data directory that is not named, a
+      tokenizer of another vocabulary, or a split without records.
+  """
+  data = config.data
+  check_batch(config, {}, process_count)
+  tokenizer_lib.check_vocab(config, tokenizer)
+  if source is None:
+    if not data.dir:
+      raise config_lib.ConfigError(
+        "config.data.dir is empty: make a data directory with"
+        " launch/prepare.py and name it with --config.data.dir=DIR"
+      )
+    source = sources.open_source(data.dir, data.train_split)
+  pairs = make_pairs(source)
+  if not len(pairs):
+    raise config_lib.ConfigError(f"{source.name}: no records to train on")
+  special = np.array(sorted(tokenizer.special_ids), np.int32)
+  count = data.batch_size // process_count
+  make_row = RowMaker(
+    config=config,
+    tokenizer=tokenizer,
+    pairs=pairs,
+    order=grain.MapDataset.range(len(pairs)).seed(data.seed).shuffle().repeat(),
+    plain_ids_V=np.setdiff1d(
+      np.arange(tokenizer.vocab_size, dtype=np.int32), special
+    ),
+    kinds=mask_kinds(config),
+    first=process_index * count,
+    count=count,
+  )
+  return TrainIterator(make_row, max_bad_share=data.max_bad_share)
+
+
+def check_batch(
+  config: config_lib.Config, mesh_shape: Mapping[str, int], process_count: int
+) -> None:
+  """Checks that the global batch divides over processes and devices.
+
+  Args:
+    config: the run's.
+    mesh_shape: size of each mesh axis; only "data" and "fsdp" split batches.
+    process_count: number of blocks the batch is read in.
+
+  Raises:
+    ConfigError: naming the number that does not divide the batch.
+  """
+  batch_size = config.data.batch_size
+  num_shards = 1
+  for axis, size in mesh_shape.items():
+    num_shards *= size if axis in ("data", "fsdp") else 1
+  for name, number in (
+    ("processes", process_count),
+    ("shards of the mesh's data and fsdp axes", num_shards),
+  ):
+    if batch_size % number:
+      raise config_lib.ConfigError(
+        f"config.data.batch_size {batch_size} is not divisible by the"
+        f" {number} {name}"
+      )
+
+
+def example_batch(
+  config: config_lib.Config,
+  tokenizer: tokenizer_lib.Tokenizer,
+  *,
+  process_count: int = 1,
+) -> dict[str, np.ndarray]:
+  """The first batch of the run (of process 0), made in this thread."""
+  config = dataclasses.replace(
+    config,
+    data=dataclasses.replace(
+      config.data, num_workers=0, num_threads=1, prefetch=1
+    ),
+  )
+  iterator = make_train_iterator(config, tokenizer, process_count=process_count)
+  try:
+    return next(iterator)
+  finally:
+    iterator.close()
+
+
+def global_batch(
+  local: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh
+) -> types.Batch:
+  """Makes global arrays, split over the mesh's data and fsdp axes, of rows."""
+  sharding = jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
+  return types.Batch(
+    **{
+      name: jax.make_array_from_process_local_data(sharding, rows)
+      for name, rows in local.items()
+    }
+  )
