@@ -1,0 +1,1 @@
+"""glscl_jax: vision-language pre-training in JAX (GLSCL, SCL and relatives)."""

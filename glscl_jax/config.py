@@ -1,0 +1,479 @@
+"""The whole configuration as frozen dataclasses: the only place with defaults.
+
+`configs/*.py` build a ConfigDict from `to_config_dict(Config())` and change
+what a recipe changes; the launcher applies `--config.a.b=v` and calls
+`from_config_dict`, which is strict. Below the launcher only these classes
+travel. Sections in comments refer to the papers' own sections or say [choice]
+where no source fixes the value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ml_collections
+
+HEAD_WIDTH = 64  # every tower: heads = width / 64
+
+
+class ConfigError(ValueError):
+  """A configuration that cannot run; the message names the path."""
+
+
+def _check(condition: bool, name: str, message: str) -> None:
+  if not condition:
+    raise ConfigError(f"{name}: {message}")
+
+
+def _check_ratio(config: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    _check(0.0 <= value < 1.0, name, f"must be in [0, 1), is {value}")
+
+
+def _check_positive(config: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    _check(value > 0, name, f"must be positive, is {value}")
+
+
+def _check_not_negative(config: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    _check(value >= 0, name, f"must not be negative, is {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+  """A CLIP-style ViT (SCL/GLSCL): pre-norm, ln_pre, ln_post on all tokens."""
+
+  image_size: int = 288  # R, pixels; images are square
+  patch_size: int = 16  # p, pixels; divides image_size
+  width: int = 768  # D
+  depth: int = 11  # CLIP's last block is dropped, as METER and SCL do
+  activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+  norm_eps: float = 1e-5
+  mask_token_std: float = 1.0  # N(0, std) init of the learned patch vector
+
+  def __post_init__(self):
+    _check_positive(self, "image_size", "patch_size", "width", "depth")
+    _check(
+      self.image_size % self.patch_size == 0,
+      "patch_size",
+      f"{self.patch_size} does not divide image_size {self.image_size}",
+    )
+    _check(
+      self.width % HEAD_WIDTH == 0, "width", f"not a multiple of {HEAD_WIDTH}"
+    )
+
+  @property
+  def num_patches(self) -> int:
+    """Image tokens besides the class token."""
+    return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+  """A RoBERTa-style encoder: post-norm, learned positions."""
+
+  vocab_size: int = 50265  # V; must equal the tokenizer's
+  max_length: int = 50  # L, with both special tokens
+  width: int = 768  # D
+  depth: int = 12
+  num_positions: int = 514  # real tokens use rows 2, 3, ..; pads use row 1
+  norm_eps: float = 1e-5
+  dropout: float = 0.1
+
+  def __post_init__(self):
+    _check_positive(self, "vocab_size", "width", "depth")
+    _check_ratio(self, "dropout")
+    _check(self.max_length >= 3, "max_length", "needs room for 3 tokens")
+    _check(
+      self.num_positions >= self.max_length + 2,
+      "num_positions",
+      f"must be at least max_length + 2 = {self.max_length + 2}",
+    )
+    _check(
+      self.width % HEAD_WIDTH == 0, "width", f"not a multiple of {HEAD_WIDTH}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionConfig:
+  """Co-attention (METER, SCL, GLSCL): `depth` layers per stream."""
+
+  width: int = 768  # D
+  depth: int = 6
+  norm_eps: float = 1e-12
+  dropout: float = 0.1
+  restrict_last_layer: bool = True  # only rows a loss reads; exact
+
+  def __post_init__(self):
+    _check_positive(self, "width", "depth")
+    _check_ratio(self, "dropout")
+    _check(
+      self.width % HEAD_WIDTH == 0, "width", f"not a multiple of {HEAD_WIDTH}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """All towers of SCL and GLSCL."""
+
+  vision: VisionConfig = field(default_factory=VisionConfig)
+  text: TextConfig = field(default_factory=TextConfig)
+  fusion: FusionConfig = field(default_factory=FusionConfig)
+  joint_width: int = 512  # E, of the contrastive space
+  init_std: float = 0.02  # text, fusion and heads
+  itc_temperature: float = 0.07  # initial value of the learned divisor
+  compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of products
+  scan: bool = True  # one compiled body per stack of layers
+  remat: Literal["none", "dots", "full"] = "full"  # what backward recomputes
+
+  def __post_init__(self):
+    _check_positive(self, "joint_width", "init_std", "itc_temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+  """How much of an input each masked view hides."""
+
+  mlm_rate: float = 0.15  # share of real tokens
+  mlm_scheme: Literal["801010", "all"] = "801010"
+  mlm_whole_word: bool = False
+  mlm_padded_draw: bool = False  # published code: draws over padding too
+  completion_text_rate: float = 0.4  # T_40 of MGSC and MLTC
+  text_mask_with_replacement: bool = False  # published code
+  image_drop_ratio: float = 0.8  # I~80 of MGSC
+  image_token_ratio: float = 0.3  # I~30 of MLTC
+
+  def __post_init__(self):
+    _check_ratio(
+      self,
+      "mlm_rate",
+      "completion_text_rate",
+      "image_drop_ratio",
+      "image_token_ratio",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+  """Weights and constants of the losses. Weight 0 removes the passes too."""
+
+  mlm: float = 1.0
+  itm: float = 1.0
+  itc: float = 1.0
+  mgsc_image: float = 1.0
+  mgsc_text: float = 1.0
+  mltc_image: float = 0.2
+  mltc_text: float = 0.2
+  completion_temperature: float = 0.03  # fixed, MGSC and MLTC
+  completion_targets: Literal["partner_masked", "clean"] = "partner_masked"
+  same_image: Literal["none", "ignore", "positive"] = "ignore"
+  itm_negatives: Literal["in_batch", "hard", "dataset"] = "in_batch"
+  neg_group: int = 16  # ITM false images come from the same group
+  text_mgsc_group: int | None = None  # None: the whole batch; published: 16
+  mltc_image_group: int = 16  # samples whose patches are contrasted
+  mltc_text_group: int = 128
+  share_text_dropout: bool = True  # one draw for all passes that read T
+  itc_temperature_range: tuple[float, float] | None = (0.001, 0.5)
+  contrast_grad_scale: float = 1.0  # published code on W devices: 1 / W
+
+  def __post_init__(self):
+    _check_not_negative(self, *OBJECTIVES)
+    _check(
+      any(getattr(self, name) > 0 for name in OBJECTIVES),
+      "objectives",
+      "every weight is 0: nothing to train",
+    )
+    _check_positive(
+      self,
+      "completion_temperature",
+      "neg_group",
+      "mltc_image_group",
+      "mltc_text_group",
+      "contrast_grad_scale",
+    )
+    if self.text_mgsc_group is not None:
+      _check_positive(self, "text_mgsc_group")
+    _check(
+      self.itm_negatives != "hard" or self.itc > 0 or self.itm == 0,
+      "itm_negatives",
+      "'hard' draws by ITC similarity and needs itc > 0",
+    )
+
+
+OBJECTIVES = (
+  "mlm",
+  "itm",
+  "itc",
+  "mgsc_image",
+  "mgsc_text",
+  "mltc_image",
+  "mltc_text",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+  """Training-time image augmentation; evaluation only resizes."""
+
+  crop_scale: tuple[float, float] = (0.8, 1.0)  # area of the random crop
+  crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+  hflip: Literal["off", "guarded", "always"] = "guarded"  # guarded: not when
+  # the caption says left or right
+  randaugment_ops: int = 0  # operations an image
+  randaugment_magnitude: float = 9.0  # of 30
+  color: bool = True  # False drops the colour operations
+
+  def __post_init__(self):
+    for name in ("crop_scale", "crop_ratio"):
+      low, high = getattr(self, name)
+      _check(0 < low <= high, name, f"needs 0 < low <= high, is {low, high}")
+    _check(self.crop_scale[1] <= 1, "crop_scale", "must not exceed 1")
+    _check_not_negative(self, "randaugment_ops", "randaugment_magnitude")
+    _check(
+      self.randaugment_magnitude <= 30, "randaugment_magnitude", "at most 30"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Where the pairs come from and how they become batches."""
+
+  dir: str = ""  # made by launch/prepare.py; empty is an error at start
+  tokenizer: str = ""  # .model (sentencepiece) or .json (tokenizers); empty:
+  # the one in `dir`
+  train_split: str = "train"
+  batch_size: int = 4096  # B, over all processes
+  seed: int = 0
+  num_workers: int = 0  # grain processes; 0: threads of this process
+  num_threads: int = 2
+  prefetch: int = 4  # batches
+  max_bad_share: float = 0.001  # of rows read; more fails the run
+  mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+  std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+  augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+  def __post_init__(self):
+    _check_positive(self, "batch_size", "num_threads", "prefetch")
+    _check_not_negative(self, "num_workers", "seed")
+    _check(0 <= self.max_bad_share <= 1, "max_bad_share", "must be in [0, 1]")
+    _check(min(self.std) > 0, "std", "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW with warm-up, linear decay and per-part multipliers."""
+
+  learning_rate: float = 2e-5  # peak, of the encoders
+  schedule: Literal["linear", "cosine"] = "linear"  # after the warm-up
+  warmup_fraction: float = 0.1  # of all steps
+  beta1: float = 0.9
+  beta2: float = 0.98
+  eps: float = 1e-8
+  weight_decay: float = 0.01
+  clip_norm: float | None = None  # global gradient norm; None: no clipping
+  fusion_multiplier: float = 5.0  # transforms, fusion layers, poolers
+  head_multiplier: float = 5.0  # MLM and ITM heads
+  decay_norms: bool = False  # published code decays some norms by accident
+  variant: Literal["standard", "hf"] = "standard"  # hf: published AdamW order
+  max_skips: int = 10  # non-finite steps before the run fails
+
+  def __post_init__(self):
+    _check_positive(self, "learning_rate", "eps", "max_skips")
+    _check_not_negative(
+      self, "weight_decay", "fusion_multiplier", "head_multiplier"
+    )
+    _check_ratio(self, "warmup_fraction", "beta1", "beta2")
+    if self.clip_norm is not None:
+      _check_positive(self, "clip_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices along each axis; -1 takes what is left."""
+
+  data: int = -1  # batch only
+  fsdp: int = 1  # batch and parameters
+  tensor: int = 1  # heads and mlp
+
+  def __post_init__(self):
+    sizes = (self.data, self.fsdp, self.tensor)
+    _check(
+      all(n == -1 or n > 0 for n in sizes), "mesh", "sizes are positive or -1"
+    )
+    _check(sizes.count(-1) <= 1, "mesh", "at most one axis may be -1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """Length of the run and its rhythm, all in optimizer steps."""
+
+  num_steps: int = 100_000
+  seed: int = 0  # parameters, dropout, in-batch negatives
+  init_from: str = ""  # work dir or export whose parameters start this run
+  log_every: int = 50
+  save_every: int = 1000
+  eval_every: int = 0  # retrieval on `eval_splits`; 0: never
+  eval_splits: tuple[str, ...] = ()  # validation only: picks keep-best
+  keep_last: int = 2
+  keep_best: int = 1
+  profile_steps: int = 0  # traced after step 10 into workdir/profile
+  wandb: bool = False
+
+  def __post_init__(self):
+    _check_positive(self, "num_steps", "log_every", "save_every", "keep_last")
+    _check_not_negative(
+      self, "seed", "eval_every", "keep_best", "profile_steps"
+    )
+    _check(
+      not any("test" in name for name in self.eval_splits),
+      "eval_splits",
+      "a test split must not pick a checkpoint",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+  """One run."""
+
+  system: Literal["glscl"] = "glscl"
+  model: ModelConfig = field(default_factory=ModelConfig)
+  masking: MaskingConfig = field(default_factory=MaskingConfig)
+  objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+  data: DataConfig = field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+  mesh: MeshConfig = field(default_factory=MeshConfig)
+  train: TrainConfig = field(default_factory=TrainConfig)
+
+  def __post_init__(self):
+    batch = self.data.batch_size
+    for name in (
+      "neg_group",
+      "mltc_image_group",
+      "mltc_text_group",
+      "text_mgsc_group",
+    ):
+      group = min(getattr(self.objectives, name) or batch, batch)
+      _check(
+        batch % group == 0,
+        f"objectives.{name}",
+        f"{group} does not divide data.batch_size {batch}",
+      )
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+  """Turns a dataclass tree into a ConfigDict that `configs/` may change."""
+  hints = typing.get_type_hints(type(config))
+  tree = ml_collections.ConfigDict(type_safe=False)
+  for item in dataclasses.fields(config):
+    value = getattr(config, item.name)
+    if dataclasses.is_dataclass(value):
+      value = to_config_dict(value)
+    elif value is None:
+      # A bare None has no type, so the command line could not override it.
+      value = ml_collections.config_dict.placeholder(_present(hints[item.name]))
+    tree[item.name] = value
+  return tree
+
+
+def _present(optional: Any) -> type:
+  """The class behind `X | None`."""
+  kind = next(
+    arg for arg in typing.get_args(optional) if arg is not types.NoneType
+  )
+  return typing.get_origin(kind) or kind
+
+
+def from_config_dict(tree: Mapping[str, Any], cls: type = Config) -> Any:
+  """Builds `cls` from a mapping; every mistake names its path.
+
+  Raises:
+    ConfigError: an unknown key (with the nearest name), a wrong type, a value
+      out of range, or values that contradict each other.
+  """
+  return _build(tree, cls, "config")
+
+
+def _build(tree: Mapping[str, Any], cls: type, path: str) -> Any:
+  hints = typing.get_type_hints(cls)
+  names = [item.name for item in dataclasses.fields(cls)]
+  for key in tree:
+    if key not in names:
+      near = difflib.get_close_matches(key, names, n=1)
+      hint = f"; did you mean {path}.{near[0]}?" if near else f" of {names}"
+      raise ConfigError(f"{path}.{key}: unknown key{hint}")
+  values = {
+    name: _convert(tree[name], hints[name], f"{path}.{name}")
+    for name in names
+    if name in tree
+  }
+  try:
+    return cls(**values)
+  except ConfigError as error:
+    raise ConfigError(f"{path}.{error}") from None
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+  """Converts one value strictly: bool is not int, int widens to float."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if dataclasses.is_dataclass(hint):
+    if not isinstance(value, Mapping | ml_collections.ConfigDict):
+      raise ConfigError(f"{path}: expected a section, got {value!r}")
+    return _build(value, hint, path)
+  if origin in (types.UnionType, typing.Union):
+    kind = next(arg for arg in args if arg is not types.NoneType)
+    # A flag that holds a tuple reads the word None as (None,).
+    if value is None or value == (None,):
+      return None
+    return _convert(value, kind, path)
+  if origin is Literal:
+    if value not in args:
+      near = difflib.get_close_matches(str(value), list(map(str, args)), n=1)
+      hint_text = f"; did you mean {near[0]!r}?" if near else ""
+      raise ConfigError(f"{path}: {value!r} is not one of {args}{hint_text}")
+    return value
+  if origin is tuple:
+    if not isinstance(value, list | tuple):
+      raise ConfigError(f"{path}: expected a tuple, got {value!r}")
+    kinds = (
+      [args[0]] * len(value) if len(args) == 2 and args[1] is ... else args
+    )
+    if len(kinds) != len(value):
+      raise ConfigError(f"{path}: expected {len(kinds)} values, got {value!r}")
+    return tuple(
+      _convert(v, kind, f"{path}[{i}]")
+      for i, (v, kind) in enumerate(zip(value, kinds, strict=True))
+    )
+  if hint is float and type(value) is int:
+    return float(value)
+  if type(value) is not hint:
+    raise ConfigError(
+      f"{path}: expected {hint.__name__}, got {type(value).__name__} {value!r}"
+    )
+  return value
+
+
+def to_json(config: Any) -> str:
+  """The whole configuration as sorted, indented JSON."""
+  return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True)
+
+
+def from_json(text: str) -> Config:
+  """Reads what `to_json` wrote, with the same checks as the launcher."""
+  return from_config_dict(json.loads(text))
+
+
+def sha256(config: Any) -> str:
+  """A fingerprint for result files."""
+  return hashlib.sha256(to_json(config).encode()).hexdigest()

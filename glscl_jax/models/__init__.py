@@ -1,0 +1,1 @@
+"""Flax Linen modules: layers, encoders, fusion and heads."""

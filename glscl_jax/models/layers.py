@@ -1,0 +1,120 @@
+"""Layers shared by all towers (systems' section 1.1): linear, norm, dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glscl_jax.models import products
+
+Initializer = Callable[..., jax.Array]
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+  """CLIP's u * sigmoid(1.702 u)."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+  """The exact (erf) GELU."""
+  return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
+def uniform_fan_in(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
+  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for a (fan_in, features) kernel."""
+  bound = shape[0] ** -0.5
+  return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Dense(nn.Module):
+  """y = x W + b over the last axis; `kernel` is (in, features)."""
+
+  features: int
+  dtype: str = "float32"
+  use_bias: bool = True
+  kernel_init: Initializer = nn.initializers.normal(0.02)
+  bias_init: Initializer = nn.initializers.zeros
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (x.shape[-1], self.features)
+    y = products.dot(
+      x, self.param("kernel", self.kernel_init, shape), dtype=self.dtype
+    )
+    if not self.use_bias:
+      return y
+    bias = self.param("bias", self.bias_init, (self.features,))
+    return y + bias.astype(y.dtype)
+
+
+class LayerNorm(nn.Module):
+  """Layer norm over the last axis, computed in float32."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    width = x.shape[-1]
+    scale_D = self.param("scale", nn.initializers.ones, (width,))
+    bias_D = self.param("bias", nn.initializers.zeros, (width,))
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    unit = centred * jax.lax.rsqrt(variance + self.eps)
+    return (unit * scale_D + bias_D).astype(x.dtype)
+
+
+class Dropout(nn.Module):
+  """Zeroes a share `rate` where the caller gave a `dropout` key."""
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    if self.rate == 0.0 or not self.has_rng("dropout"):
+      return x
+    keep = jax.random.bernoulli(
+      self.make_rng("dropout"), 1.0 - self.rate, x.shape
+    )
+    return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
+
+
+class Values(nn.Module):
+  """A learned array, created only if some objective reads it."""
+
+  shape: tuple[int, ...]
+  init: Initializer
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    return self.param("value", self.init, self.shape)
+
+
+class Mlp(nn.Module):
+  """W2 act(W1 x) with hidden width 4 D."""
+
+  dtype: str
+  activation: str = "gelu"
+  kernel_init: Initializer = nn.initializers.normal(0.02)
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    width = x_BLD.shape[-1]
+    h_BLF = Dense(
+      4 * width, self.dtype, kernel_init=self.kernel_init, name="fc1"
+    )(x_BLD)
+    h_BLF = ACTIVATIONS[self.activation](h_BLF)
+    return Dense(width, self.dtype, kernel_init=self.kernel_init, name="fc2")(
+      h_BLF
+    )
+
+
+def take_rows(x_BLD: jax.Array, rows_BQ: jax.Array) -> jax.Array:
+  """Rows `rows_BQ` of each sample, (B, Q, D)."""
+  return jnp.take_along_axis(x_BLD, rows_BQ[:, :, None], axis=1)

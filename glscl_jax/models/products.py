@@ -1,0 +1,62 @@
+"""The two matrix products every layer is made of, with their precision.
+
+Operands are rounded to `dtype` and sums are kept in float32, forward and
+backward. Results come back in `activation_dtype(dtype)`: on CPU XLA has fast
+bfloat16 products only with float32 results, and its bfloat16 element-wise code
+is slow, so there float32 travels between the products.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def activation_dtype(dtype: str) -> jnp.dtype:
+  """The type that travels between products computed in `dtype`."""
+  on_cpu = jax.default_backend() == "cpu"
+  return jnp.dtype("float32" if on_cpu else dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dot(x_AD: jax.Array, kernel_DF: jax.Array, dtype: str) -> jax.Array:
+  return jnp.matmul(
+    x_AD.astype(dtype),
+    kernel_DF.astype(dtype),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _dot_forward(x_AD, kernel_DF, dtype):
+  return _dot(x_AD, kernel_DF, dtype), (x_AD, kernel_DF)
+
+
+def _dot_backward(dtype, saved, grad_AF):
+  # Without this rule JAX multiplies a float32 cotangent with bfloat16
+  # operands, which XLA runs as float32.
+  x_AD, kernel_DF = saved
+  grad_x_AD = _dot(grad_AF, kernel_DF.T, dtype)
+  grad_kernel_DF = _dot(x_AD.T, grad_AF, dtype)
+  return grad_x_AD.astype(x_AD.dtype), grad_kernel_DF.astype(kernel_DF.dtype)
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+def dot(x: jax.Array, kernel_DF: jax.Array, *, dtype: str) -> jax.Array:
+  """`x @ kernel` over the last axis of `x`, (..., D) to (..., F)."""
+  width, features = kernel_DF.shape
+  x_AD = x.reshape(-1, width)
+  y_AF = _dot(x_AD, kernel_DF, dtype)
+  return y_AF.reshape(*x.shape[:-1], features).astype(activation_dtype(dtype))
+
+
+def batched_dot(equation: str, *operands: jax.Array, dtype: str) -> jax.Array:
+  """An einsum of two operands in `dtype`, float32 result."""
+  return jnp.einsum(
+    equation,
+    *(operand.astype(dtype) for operand in operands),
+    preferred_element_type=jnp.float32,
+  )

@@ -1,0 +1,60 @@
+"""Text encoder of SCL/GLSCL and MaskVLM (section 1.6): RoBERTa."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glscl_jax.config import ModelConfig
+from glscl_jax.models import layers, transformer
+from glscl_jax.models.products import activation_dtype
+
+PAD_POSITION = 1  # RoBERTa: pads read row 1, real tokens rows 2, 3, ..
+
+
+def position_ids(valid_BT: jax.Array) -> jax.Array:
+  """RoBERTa positions from validity, never from ids."""
+  count_BT = jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32)
+  return jnp.where(valid_BT, count_BT + PAD_POSITION, PAD_POSITION)
+
+
+class TextEncoder(nn.Module):
+  """Token ids to states, (B, T, D); padding is seen by nobody."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, ids_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
+    text = self.config.text
+    normal = nn.initializers.normal(self.config.init_std)
+
+    def table(name: str, rows: int) -> jax.Array:
+      return self.param(name, normal, (rows, text.width))
+
+    x_BTD = table("word_embedding", text.vocab_size)[ids_BT]
+    x_BTD += table("position_embedding", text.num_positions)[
+      position_ids(valid_BT)
+    ]
+    x_BTD += table("type_embedding", 1)[None]
+    x_BTD = layers.LayerNorm(text.norm_eps, name="norm")(x_BTD)
+    x_BTD = layers.Dropout(text.dropout)(
+      x_BTD.astype(activation_dtype(self.config.compute_dtype))
+    )
+    return transformer.Stack(
+      functools.partial(
+        transformer.PostBlock,
+        width=text.width,
+        dtype=self.config.compute_dtype,
+        eps=text.norm_eps,
+        dropout=text.dropout,
+        init_std=self.config.init_std,
+        parent=None,
+      ),
+      text.depth,
+      self.config.scan,
+      self.config.remat,
+      name="blocks",
+    )(x_BTD, valid_BT)

@@ -1,0 +1,172 @@
+"""Transformer blocks (section 1.2) and stacks of equal blocks.
+
+A stack keeps the parameters of its blocks stacked on a leading layer axis, so
+scanned and unrolled runs share one checkpoint format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glscl_jax.models import attention, layers
+
+
+class PreBlock(nn.Module):
+  """`pre`: x += MHA(LN x); x += W2 act(W1 LN x)  (all ViTs)."""
+
+  width: int
+  dtype: str
+  eps: float
+  activation: str
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    xavier = nn.initializers.xavier_uniform()
+    qkv_init = nn.initializers.normal(self.width**-0.5)
+    h_BLD = layers.LayerNorm(self.eps, name="norm1")(x_BLD)
+    x_BLD += attention.Attention(
+      self.dtype, qkv_init=qkv_init, out_init=xavier, name="attention"
+    )(h_BLD, h_BLD)
+    h_BLD = layers.LayerNorm(self.eps, name="norm2")(x_BLD)
+    return x_BLD + layers.Mlp(
+      self.dtype, self.activation, kernel_init=xavier, name="mlp"
+    )(h_BLD)
+
+  def example(self) -> tuple[Any, ...]:
+    """Smallest inputs, to create parameters."""
+    return (jnp.zeros((1, 1, self.width)),)
+
+
+class PostBlock(nn.Module):
+  """`post`: x = LN(x + MHA(x)); x = LN(x + MLP(x))  (RoBERTa)."""
+
+  width: int
+  dtype: str
+  eps: float
+  dropout: float
+  init_std: float
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    normal = nn.initializers.normal(self.init_std)
+    drop = layers.Dropout(self.dropout)
+    h_BLD = attention.Attention(
+      self.dtype, self.dropout, normal, normal, name="attention"
+    )(x_BLD, x_BLD, valid_BL)
+    x_BLD = layers.LayerNorm(self.eps, name="norm1")(x_BLD + drop(h_BLD))
+    h_BLD = layers.Mlp(self.dtype, kernel_init=normal, name="mlp")(x_BLD)
+    return layers.LayerNorm(self.eps, name="norm2")(x_BLD + drop(h_BLD))
+
+  def example(self) -> tuple[Any, ...]:
+    """Smallest inputs, to create parameters."""
+    return jnp.zeros((1, 1, self.width)), jnp.ones((1, 1), bool)
+
+
+class PostCrossBlock(nn.Module):
+  """`post_cross`: self-attention, cross-attention, MLP, each LN(x + f(x)).
+
+  With `rows_BQ` only those rows of `x` are computed, as queries against all
+  of `x`: exact, because everything after the first attention is row-wise.
+  """
+
+  width: int
+  dtype: str
+  eps: float
+  dropout: float
+  init_std: float
+
+  def setup(self):
+    normal = nn.initializers.normal(self.init_std)
+    settings = (self.dtype, self.dropout, normal, normal)
+    self.self_attention = attention.Attention(*settings)
+    self.cross_attention = attention.Attention(*settings)
+    self.mlp = layers.Mlp(self.dtype, kernel_init=normal)
+    self.norm1 = layers.LayerNorm(self.eps)
+    self.norm2 = layers.LayerNorm(self.eps)
+    self.norm3 = layers.LayerNorm(self.eps)
+    self.drop = layers.Dropout(self.dropout)
+
+  def __call__(
+    self,
+    x_BLD: jax.Array,
+    context_BMD: jax.Array,
+    valid_BL: jax.Array | None,
+    context_valid_BM: jax.Array | None,
+    rows_BQ: jax.Array | None = None,
+  ) -> jax.Array:
+    h_BQD = self._after_self_attention(x_BLD, valid_BL, rows_BQ)
+    mixed_BQD = self.cross_attention(h_BQD, context_BMD, context_valid_BM)
+    h_BQD = self.norm2(h_BQD + self.drop(mixed_BQD))
+    return self.norm3(h_BQD + self.drop(self.mlp(h_BQD)))
+
+  def cross_probabilities(
+    self,
+    x_BLD: jax.Array,
+    context_BMD: jax.Array,
+    valid_BL: jax.Array | None,
+    context_valid_BM: jax.Array | None,
+  ) -> jax.Array:
+    """Softmax of the cross-attention, (B, H, L, M)."""
+    h_BLD = self._after_self_attention(x_BLD, valid_BL, None)
+    return self.cross_attention(
+      h_BLD, context_BMD, context_valid_BM, return_probabilities=True
+    )
+
+  def _after_self_attention(self, x_BLD, valid_BL, rows_BQ):
+    q_BQD = x_BLD if rows_BQ is None else layers.take_rows(x_BLD, rows_BQ)
+    mixed_BQD = self.self_attention(q_BQD, x_BLD, valid_BL)
+    return self.norm1(q_BQD + self.drop(mixed_BQD))
+
+
+REMAT_POLICIES = {
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": None,
+}
+
+
+class Stack(nn.Module):
+  """`depth` equal blocks, one after the other.
+
+  `make_block` builds a block with `parent=None`; its `__call__(carry,
+  *context)` returns the next carry.
+  """
+
+  make_block: Callable[[], nn.Module]
+  depth: int
+  scan: bool
+  remat: str
+
+  @nn.compact
+  def __call__(self, carry: Any, *context: Any) -> Any:
+    block = self.make_block()
+    layers_N = self.param("layers", self._init_layers)
+    drops = self.has_rng("dropout")
+    keys_N = jax.random.split(
+      self.make_rng("dropout") if drops else jax.random.key(0), self.depth
+    )
+
+    def body(carry, layer):
+      params, key = layer
+      rngs = {"dropout": key} if drops else {}
+      return block.apply({"params": params}, carry, *context, rngs=rngs), None
+
+    if self.remat != "none":
+      body = jax.checkpoint(
+        body, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan
+      )
+    if self.scan:
+      return jax.lax.scan(body, carry, (layers_N, keys_N))[0]
+    for i in range(self.depth):
+      carry, _ = body(carry, jax.tree.map(lambda a: a[i], (layers_N, keys_N)))  # noqa: B023
+    return carry
+
+  def _init_layers(self, key: jax.Array) -> Any:
+    block = self.make_block()
+    example = block.example()
+    keys_N = jax.random.split(key, self.depth)
+    return jax.vmap(lambda k: block.init(k, *example)["params"])(keys_N)

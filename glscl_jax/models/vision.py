@@ -1,0 +1,121 @@
+"""Vision encoder of SCL/GLSCL (sections 1.2, 1.3): a CLIP ViT in three modes.
+
+complete: all patches. drop: only the kept patches travel. token: hidden
+patches are replaced by a learned vector before positions are added.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glscl_jax.config import ModelConfig
+from glscl_jax.models import layers, products, transformer
+
+
+def patchify(image_BYXC: jax.Array, patch_size: int) -> jax.Array:
+  """(B,R,R,3) to (B,I,P): patches row-major, values as (row, column, channel)."""
+  batch, rows, columns, channels = image_BYXC.shape
+  grid = image_BYXC.reshape(
+    batch,
+    rows // patch_size,
+    patch_size,
+    columns // patch_size,
+    patch_size,
+    channels,
+  )
+  return grid.transpose(0, 1, 3, 2, 4, 5).reshape(
+    batch, -1, patch_size * patch_size * channels
+  )
+
+
+def replace_patches(
+  x_BID: jax.Array, tok_idx_BJ: jax.Array, token_D: jax.Array
+) -> jax.Array:
+  """Puts `token_D` in place of the patches `tok_idx_BJ`."""
+  num_patches = x_BID.shape[1]
+  hidden_BI = jnp.any(
+    tok_idx_BJ[:, :, None] == jnp.arange(num_patches)[None, None, :], axis=1
+  )
+  token_11D = token_D[None, None, :].astype(x_BID.dtype)
+  return jnp.where(hidden_BI[:, :, None], token_11D, x_BID)
+
+
+class VisionEncoder(nn.Module):
+  """Images to token states after ln_post on all tokens; row 0 is the class.
+
+  `embed` is separate from `encode`, so that several versions of an image
+  share one patch embedding and equal-length versions share one call.
+  """
+
+  config: ModelConfig
+
+  def setup(self):
+    vision = self.config.vision
+    patch_values = 3 * vision.patch_size**2
+    normal = nn.initializers.normal(vision.width**-0.5)
+    self.patch_kernel_PD = self.param(
+      "patch_kernel",
+      nn.initializers.xavier_uniform(),
+      (patch_values, vision.width),
+    )
+    self.class_D = self.param("class_embedding", normal, (vision.width,))
+    self.position_LD = self.param(
+      "position_embedding", normal, (1 + vision.num_patches, vision.width)
+    )
+    self.mask_token = layers.Values(
+      (vision.width,), nn.initializers.normal(vision.mask_token_std)
+    )
+    self.ln_pre = layers.LayerNorm(vision.norm_eps)
+    self.ln_post = layers.LayerNorm(vision.norm_eps)
+    self.blocks = transformer.Stack(
+      functools.partial(
+        transformer.PreBlock,
+        width=vision.width,
+        dtype=self.config.compute_dtype,
+        eps=vision.norm_eps,
+        activation=vision.activation,
+        parent=None,
+      ),
+      vision.depth,
+      self.config.scan,
+      self.config.remat,
+    )
+
+  def embed(self, image_BYXC: jax.Array) -> jax.Array:
+    """Patch embeddings before positions, (B, I, D); no bias, as in CLIP."""
+    patches_BIP = patchify(image_BYXC, self.config.vision.patch_size)
+    return products.dot(
+      patches_BIP, self.patch_kernel_PD, dtype=self.config.compute_dtype
+    )
+
+  def complete(self, x_BID: jax.Array) -> jax.Array:
+    """[cls; x] + P."""
+    class_B1D = jnp.broadcast_to(
+      self.class_D[None, None, :].astype(x_BID.dtype),
+      (x_BID.shape[0], 1, x_BID.shape[2]),
+    )
+    x_BLD = jnp.concatenate([class_B1D, x_BID], axis=1)
+    return x_BLD + self.position_LD[None].astype(x_BID.dtype)
+
+  def hide(self, x_BID: jax.Array, tok_idx_BJ: jax.Array) -> jax.Array:
+    """As `complete`, with the patches `tok_idx_BJ` replaced by a token."""
+    return self.complete(
+      replace_patches(x_BID, tok_idx_BJ, self.mask_token())
+    )
+
+  def drop(self, x_BID: jax.Array, keep_idx_BJ: jax.Array) -> jax.Array:
+    """As `complete`, with only the patches `keep_idx_BJ`, (B, 1 + J, D)."""
+    x_BLD = self.complete(x_BID)
+    kept_BJD = layers.take_rows(x_BLD, keep_idx_BJ + 1)
+    return jnp.concatenate([x_BLD[:, :1], kept_BJD], axis=1)
+
+  def encode(self, x_BLD: jax.Array) -> jax.Array:
+    """Embedded tokens to states, same shape."""
+    return self.ln_post(self.blocks(self.ln_pre(x_BLD)))
+
+  def __call__(self, image_BYXC: jax.Array) -> jax.Array:
+    return self.encode(self.complete(self.embed(image_BYXC)))

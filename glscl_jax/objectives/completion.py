@@ -1,0 +1,67 @@
+"""Semantic completion (GLSCL 2306.07096; SCL 2211.13437): MGSC and MLTC.
+
+The fused token of a masked input is asked to match the fused token of the
+same input when it was complete. Raw fused tokens are compared: no pooler, no
+projection. Targets carry no gradient. NCE is info_nce(reduce="sum").
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from glscl_jax.objectives import contrastive
+
+
+def global_completion(
+  masked_BD: jax.Array,
+  complete_BD: jax.Array,
+  *,
+  temperature: float,
+  image_id_B: jax.Array | None = None,
+  same_image: contrastive.SameImage = "ignore",
+  group: int | None = None,
+) -> jax.Array:
+  """MGSC = NCE(masked global token, sg complete global token).
+
+  Image side: masked = y3 (80 % of the patches dropped), complete = y5. Text
+  side: masked = x5 (40 % of the words hidden), complete = x3.
+  """
+  return contrastive.info_nce(
+    masked_BD,
+    jax.lax.stop_gradient(complete_BD),
+    temperature,
+    image_id_A=image_id_B,
+    same_image=same_image,
+    group=group,
+  )
+
+
+def local_completion(
+  masked_BJD: jax.Array,
+  complete_BJD: jax.Array,
+  ok_BJ: jax.Array | None = None,
+  *,
+  temperature: float,
+  group: int,
+  image_id_B: jax.Array | None = None,
+  same_image: contrastive.SameImage = "ignore",
+) -> jax.Array:
+  """MLTC = NCE(tokens at masked positions, sg the same tokens complete).
+
+  Masked positions of the `group` consecutive samples are flattened: other
+  positions of the same sample are negatives. 0 when nothing is masked.
+  """
+  batch, items, width = masked_BJD.shape
+  samples_B = jnp.arange(batch, dtype=jnp.int32)
+  image_id_B = samples_B if image_id_B is None else image_id_B
+  return contrastive.info_nce(
+    masked_BJD.reshape(-1, width),
+    jax.lax.stop_gradient(complete_BJD).reshape(-1, width),
+    temperature,
+    valid_A=None if ok_BJ is None else ok_BJ.reshape(-1),
+    image_id_A=jnp.repeat(image_id_B, items),
+    sample_A=jnp.repeat(samples_B, items),
+    same_image=same_image,
+    group=min(group, batch) * items,
+  )

@@ -1,0 +1,76 @@
+"""Image-text matching: which pairs are shown, and the loss on them.
+
+Negatives are drawn inside groups of `group` consecutive samples of the global
+batch, so the draw does not depend on how the batch is spread over devices.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def match_cross_entropy(
+  logits_B2: jax.Array, labels_B: jax.Array
+) -> jax.Array:
+  """ITM = mean CE(logits, label), label 1 = the pair belongs together."""
+  log_p_B2 = jax.nn.log_softmax(logits_B2.astype(jnp.float32), axis=-1)
+  return -jnp.mean(
+    jnp.take_along_axis(log_p_B2, labels_B[:, None], axis=1)[:, 0]
+  )
+
+
+def half_labels(key: jax.Array, batch: int, group: int) -> jax.Array:
+  """(B,) int32 with exactly floor(group / 2) ones in each group, permuted."""
+  keys_G = jax.random.split(key, batch // group)
+  ones_A = (jnp.arange(group) < group // 2).astype(jnp.int32)
+  labels = jax.vmap(lambda k: jax.random.permutation(k, ones_A))(keys_G)
+  return labels.reshape(batch)
+
+
+def random_negatives(
+  image_id_B: jax.Array, key: jax.Array, group: int
+) -> tuple[jax.Array, jax.Array]:
+  """For each sample a uniformly drawn other image of its group.
+
+  Returns:
+    index_B: position inside the group, of an image with another id.
+    ok_B: False where the group holds no such image.
+  """
+  ids_GA = image_id_B.reshape(-1, group)
+  same_GAA = ids_GA[:, :, None] == ids_GA[:, None, :]
+  return _draw(jnp.zeros(same_GAA.shape), same_GAA, key)
+
+
+def hard_negatives(
+  similarity_GAA: jax.Array, same_GAA: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """For each row a column drawn with probability softmax(similarity).
+
+  Drawn as argmax(similarity + Gumbel noise), which stays finite at any
+  temperature. `same_GAA` marks pairs that must never be drawn (the diagonal
+  and equal image ids). Similarities carry no gradient.
+
+  Returns:
+    index_B: column inside the group.
+    ok_B: False where no column is allowed; such a pair must be dropped.
+  """
+  return _draw(jax.lax.stop_gradient(similarity_GAA), same_GAA, key)
+
+
+def _draw(logits_GAA, forbidden_GAA, key):
+  noise_GAA = jax.random.gumbel(key, logits_GAA.shape)
+  scores_GAA = jnp.where(forbidden_GAA, -jnp.inf, logits_GAA + noise_GAA)
+  index_B = jnp.argmax(scores_GAA, axis=2).astype(jnp.int32).reshape(-1)
+  return index_B, ~jnp.all(forbidden_GAA, axis=2).reshape(-1)
+
+
+def take_from_group(
+  items_BLD: jax.Array, index_B: jax.Array, group: int
+) -> jax.Array:
+  """Row `index_B` of each sample's own group, same shape as the input."""
+  grouped = items_BLD.reshape(-1, group, *items_BLD.shape[1:])
+  taken = jax.vmap(lambda items, index: items[index])(
+    grouped, index_B.reshape(-1, group)
+  )
+  return taken.reshape(items_BLD.shape)

@@ -1,0 +1,1 @@
+"""One file a published system: its views, passes and objectives."""

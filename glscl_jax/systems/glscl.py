@@ -1,0 +1,556 @@
+"""GLSCL (2306.07096) and SCL (2211.13437), section 4.1 of their common code.
+
+    total = MLM + ITM + ITC + MGSC_image + MGSC_text
+            + .2 MLTC_image + .2 MLTC_text          (SCL: without MLTC)
+
+`objective_reads` says which fused passes each objective reads, `encode` and
+`fuse` run each of them once, and one short function an objective turns rows
+into a scalar. Weights of 0 remove passes and parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from glscl_jax.config import OBJECTIVES, Config, DataConfig, ObjectiveConfig
+from glscl_jax.models import layers
+from glscl_jax.models.products import activation_dtype
+from glscl_jax.models.towers import Towers
+from glscl_jax.objectives import completion, contrastive, masked_lm, matching
+from glscl_jax.systems import views
+from glscl_jax.systems.views import Pass, Reads
+from glscl_jax.types import Batch, LossOutput, Params
+
+
+def objective_reads(config: ObjectiveConfig) -> dict[str, list[Reads]]:
+  """What each objective reads (table 4.1.2 of the systems' description).
+
+  Versions of the image: full, drop (I~80), token (I~30), itm (own or false).
+  Versions of the text: full (T), mlm (T_mlm), scl (T_40).
+  """
+
+  def full(pass_name: str) -> str:
+    """T, drawn once for all passes or once a pass (dropout)."""
+    return "full" if config.share_text_dropout else f"full:{pass_name}"
+
+  dropped = Pass("drop", full("drop"))
+  token = Pass("token", full("token"))
+  masked_text = Pass("full", "scl")
+  clean = Pass("full", full("clean"))
+  partner = config.completion_targets == "partner_masked"
+  complete_image = masked_text if partner else clean
+  complete_text = dropped if partner else clean
+
+  def image(fused: Pass, rows: str) -> Reads:
+    return Reads(fused=fused, image_rows=(rows,))
+
+  def text(fused: Pass, rows: str) -> Reads:
+    return Reads(fused=fused, text_rows=(rows,))
+
+  return {
+    "itm": [
+      Reads(
+        fused=Pass("itm", full("itm")),
+        text_rows=("class",),
+        image_rows=("class",),
+      )
+    ],
+    "mlm": [text(Pass("full", "mlm"), "mlm")],
+    "itc": [],
+    "mgsc_image": [image(dropped, "class"), image(complete_image, "class")],
+    "mgsc_text": [text(masked_text, "class"), text(complete_text, "class")],
+    "mltc_image": [image(token, "token"), image(complete_image, "token")],
+    "mltc_text": [text(masked_text, "scl"), text(complete_text, "scl")],
+  }
+
+
+def active_objectives(config: ObjectiveConfig) -> tuple[str, ...]:
+  """Objectives with a weight above 0, in a fixed order."""
+  return tuple(name for name in OBJECTIVES if getattr(config, name) > 0)
+
+
+def make_plan(config: ObjectiveConfig) -> views.Plan:
+  """The versions and passes that the active objectives read together."""
+  table = objective_reads(config)
+  active = active_objectives(config)
+  text = "full" if config.share_text_dropout else "full:itc"
+  return views.make_plan(
+    [read for name in active for read in table[name]],
+    images=("full",) if {"itc", "itm"} & set(active) else (),
+    texts=(text,) if "itc" in active else (),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """Transformed states of each version, and the pairs that ITM shows."""
+
+  images: Mapping[str, jax.Array]
+  texts: Mapping[str, jax.Array]
+  text_valid_BT: jax.Array
+  joint: tuple[jax.Array, jax.Array] | None  # ITC vectors: text, image
+  itm_labels_B: jax.Array | None
+  itm_ok_B: jax.Array | None
+
+
+def normalize_images(image_BYXC: jax.Array, data: DataConfig) -> jax.Array:
+  """uint8 to (x / 255 - mean) / std; floats are taken as normalised."""
+  if jnp.issubdtype(image_BYXC.dtype, jnp.floating):
+    return image_BYXC
+  mean_111C = jnp.asarray(data.mean, jnp.float32)[None, None, None]
+  std_111C = jnp.asarray(data.std, jnp.float32)[None, None, None]
+  return (image_BYXC.astype(jnp.float32) / 255.0 - mean_111C) / std_111C
+
+
+def encode_images(
+  model: Towers, batch: Batch, versions: tuple[str, ...], config: Config
+) -> dict[str, jax.Array]:
+  """Encoder states of the versions of I, equal lengths in one call."""
+  dtype = activation_dtype(config.model.compute_dtype)
+  image_BYXC = normalize_images(batch.image_BYXC, config.data).astype(dtype)
+  x_BID = model.vision.embed(image_BYXC)
+  embedded = {}
+  if "full" in versions:
+    embedded["full"] = (model.vision.complete(x_BID),)
+  if "token" in versions:
+    embedded["token"] = (model.vision.hide(x_BID, batch.tok_idx_BI),)
+  if "drop" in versions:
+    embedded["drop"] = (model.vision.drop(x_BID, batch.keep_idx_BI),)
+  return views.batch_by_shape(model.vision.encode, embedded)
+
+
+def encode_texts(
+  model: Towers, batch: Batch, versions: tuple[str, ...]
+) -> dict[str, jax.Array]:
+  """Encoder states of the versions of T, all in one call."""
+  ids = {
+    "full": batch.text_ids_BT,
+    "mlm": batch.mlm_ids_BT,
+    "scl": batch.scl_ids_BT,
+  }
+  inputs = {
+    name: (ids[name.partition(":")[0]], batch.text_valid_BT)
+    for name in versions
+  }
+  return views.batch_by_shape(model.text, inputs)
+
+
+def encode(
+  model: Towers, batch: Batch, plan: views.Plan, config: Config, key: jax.Array
+) -> Encoded:
+  """All versions of the plan, transformed to the fusion width."""
+  image_states = encode_images(model, batch, plan.image_versions, config)
+  text_states = encode_texts(model, batch, plan.text_versions)
+  images = {
+    name: model.fusion.transform_image(y) for name, y in image_states.items()
+  }
+  texts = {
+    name: model.fusion.transform_text(x) for name, x in text_states.items()
+  }
+  joint = labels_B = ok_B = None
+  if config.objectives.itc > 0:
+    itc_text = texts["full" if "full" in texts else "full:itc"]
+    joint = model.project(itc_text[:, 0], images["full"][:, 0])
+  if "itm" in plan.image_versions:
+    images["itm"], labels_B, ok_B = itm_images(
+      model, batch, images["full"], joint, config, key
+    )
+  return Encoded(images, texts, batch.text_valid_BT, joint, labels_B, ok_B)
+
+
+def itm_images(
+  model: Towers,
+  batch: Batch,
+  y_BID: jax.Array,
+  joint: tuple[jax.Array, jax.Array] | None,
+  config: Config,
+  key: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Image states shown to each text: its own (label 1) or a false one."""
+  batch_size = y_BID.shape[0]
+  group = min(config.objectives.neg_group, batch_size)
+  if config.objectives.itm_negatives == "dataset":
+    # Exactly half of each group (rounded up) is false: encode only those.
+    num_false = batch_size // group * (group - group // 2)
+    rows_A = jnp.argsort(batch.itm_labels_B, stable=True)[:num_false]
+    false = Batch(
+      image_BYXC=batch.false_image_BYXC[rows_A],
+      image_id_B=batch.image_id_B[rows_A],
+      text_ids_BT=batch.text_ids_BT[rows_A],
+      text_valid_BT=batch.text_valid_BT[rows_A],
+    )
+    states_AID = encode_images(model, false, ("full",), config)["full"]
+    shown_BID = y_BID.at[rows_A].set(model.fusion.transform_image(states_AID))
+    return shown_BID, batch.itm_labels_B, jnp.ones(batch_size, bool)
+  label_key, draw_key = jax.random.split(key)
+  labels_B = matching.half_labels(label_key, batch_size, group)
+  if config.objectives.itm_negatives == "hard":
+    ids_GA = batch.image_id_B.reshape(-1, group)
+    text_GAE, image_GAE = (
+      contrastive.normalize(v).reshape(-1, group, v.shape[-1]) for v in joint
+    )
+    similarity_GAA = jnp.einsum("GAE,GBE->GAB", text_GAE, image_GAE)
+    index_B, ok_B = matching.hard_negatives(
+      similarity_GAA / model.temperature(),
+      ids_GA[:, :, None] == ids_GA[:, None, :],
+      draw_key,
+    )
+  else:
+    index_B, ok_B = matching.random_negatives(
+      batch.image_id_B, draw_key, group
+    )
+  # A sample whose group holds no other image shows its own.
+  labels_B = jnp.where(ok_B, labels_B, 1)
+  false_BID = matching.take_from_group(y_BID, index_B, group)
+  own_B11 = (labels_B == 1)[:, None, None]
+  return jnp.where(own_B11, y_BID, false_BID), labels_B, ok_B
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+  """Rows of the fused streams, by pass and name."""
+
+  text: Mapping[Pass, views.Rows]
+  image: Mapping[Pass, views.Rows]
+
+
+def fuse(
+  model: Towers,
+  batch: Batch,
+  encoded: Encoded,
+  plan: views.Plan,
+  config: Config,
+) -> Fused:
+  """All passes of the plan: equal shapes together, last layer by rows."""
+  batch_size = batch.text_ids_BT.shape[0]
+  class_B1 = jnp.zeros((batch_size, 1), jnp.int32)
+  text_index = {
+    "class": class_B1,
+    "mlm": batch.mlm_pos_BJ,
+    "scl": batch.scl_pos_BJ,
+  }
+  image_index = {
+    "class": class_B1,
+    "token": None if batch.tok_idx_BI is None else batch.tok_idx_BI + 1,
+  }
+  inputs = {
+    fused: (
+      encoded.texts[fused.text],
+      encoded.text_valid_BT,
+      encoded.images[fused.image],
+    )
+    for fused in plan.passes
+  }
+  bodies = views.batch_by_shape(model.fusion.body, inputs)
+  restricted = config.model.fusion.restrict_last_layer
+  text, image = {}, {}
+  for fused, streams in bodies.items():
+    text_rows_BQ, text_offsets = views.index_rows(
+      plan.text_rows[fused], text_index, batch_size
+    )
+    image_rows_BQ, image_offsets = views.index_rows(
+      plan.image_rows[fused], image_index, batch_size
+    )
+    if restricted:
+      x_BQD, y_BQD = model.fusion.head(
+        streams, encoded.text_valid_BT, text_rows_BQ, image_rows_BQ
+      )
+    else:
+      x_BLD, y_BMD = model.fusion.head(streams, encoded.text_valid_BT)
+      x_BQD = layers.take_rows(x_BLD, text_rows_BQ)
+      y_BQD = layers.take_rows(y_BMD, image_rows_BQ)
+    text[fused] = views.Rows(x_BQD, text_offsets)
+    image[fused] = views.Rows(y_BQD, image_offsets)
+  return Fused(text, image)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What an objective may read."""
+
+  model: Towers
+  batch: Batch
+  encoded: Encoded
+  fused: Fused
+  reads: Mapping[str, list[Reads]]
+  config: ObjectiveConfig
+
+  def rows(self, objective: str) -> list[jax.Array]:
+    """The rows of each pass that `objective` reads, text before image."""
+    return [
+      stream[read.fused][name]
+      for read in self.reads[objective]
+      for stream, names in (
+        (self.fused.text, read.text_rows),
+        (self.fused.image, read.image_rows),
+      )
+      for name in names
+    ]
+
+
+Terms = tuple[jax.Array, dict[str, jax.Array]]
+
+
+def _mlm(context: Context) -> Terms:
+  (x_BJD,) = context.rows("mlm")
+  logits_BJV = context.model.mlm_head(x_BJD)
+  labels = context.batch.mlm_labels_BJ, context.batch.mlm_ok_BJ
+  loss = masked_lm.masked_cross_entropy(logits_BJV, *labels)
+  return loss, {"mlm_accuracy": masked_lm.accuracy(logits_BJV, *labels)}
+
+
+def _itm(context: Context) -> Terms:
+  x_B1D, y_B1D = context.rows("itm")
+  logits_B2 = context.model.match_logits(x_B1D[:, 0], y_B1D[:, 0])
+  labels_B = context.encoded.itm_labels_B
+  hits_B = jnp.argmax(logits_B2, axis=-1) == labels_B
+  loss = matching.match_cross_entropy(logits_B2, labels_B)
+  return loss, {"itm_accuracy": jnp.mean(hits_B)}
+
+
+def _itc(context: Context) -> Terms:
+  temperature = context.model.temperature()
+  text_BE, image_BE = (
+    contrastive.scale_gradient(v_BE, context.config.contrast_grad_scale)
+    for v_BE in context.encoded.joint
+  )
+  loss = contrastive.image_text_contrast(
+    image_BE,
+    text_BE,
+    temperature,
+    image_id_B=context.batch.image_id_B,
+    same_image=context.config.same_image,
+  )
+  return loss, {
+    "itc_accuracy": contrastive.accuracy(image_BE, text_BE),
+    "itc_temperature": temperature,
+  }
+
+
+def _global(name: str) -> Callable[[Context], Terms]:
+  def objective(context: Context) -> Terms:
+    masked_B1D, complete_B1D = context.rows(name)
+    scale = context.config.contrast_grad_scale
+    loss = completion.global_completion(
+      contrastive.scale_gradient(masked_B1D[:, 0], scale),
+      complete_B1D[:, 0],
+      temperature=context.config.completion_temperature,
+      image_id_B=context.batch.image_id_B,
+      same_image=context.config.same_image,
+      group=context.config.text_mgsc_group if name == "mgsc_text" else None,
+    )
+    return loss, {}
+
+  return objective
+
+
+def _local(name: str) -> Callable[[Context], Terms]:
+  is_text = name == "mltc_text"
+
+  def objective(context: Context) -> Terms:
+    masked_BJD, complete_BJD = context.rows(name)
+    config = context.config
+    loss = completion.local_completion(
+      contrastive.scale_gradient(masked_BJD, config.contrast_grad_scale),
+      complete_BJD,
+      context.batch.scl_ok_BJ if is_text else None,
+      temperature=config.completion_temperature,
+      group=config.mltc_text_group if is_text else config.mltc_image_group,
+      image_id_B=context.batch.image_id_B,
+      same_image=config.same_image,
+    )
+    return loss, {}
+
+  return objective
+
+
+LOSSES: dict[str, Callable[[Context], Terms]] = {
+  "mlm": _mlm,
+  "itm": _itm,
+  "itc": _itc,
+  "mgsc_image": _global("mgsc_image"),
+  "mgsc_text": _global("mgsc_text"),
+  "mltc_image": _local("mltc_image"),
+  "mltc_text": _local("mltc_text"),
+}
+
+
+def _step(
+  model: Towers, batch: Batch, config: Config, key: jax.Array
+) -> LossOutput:
+  plan = make_plan(config.objectives)
+  encoded = encode(model, batch, plan, config, key)
+  fused = fuse(model, batch, encoded, plan, config)
+  context = Context(
+    model,
+    batch,
+    encoded,
+    fused,
+    objective_reads(config.objectives),
+    config.objectives,
+  )
+  total, metrics = jnp.zeros(()), {}
+  for name in active_objectives(config.objectives):
+    value, extra = LOSSES[name](context)
+    total += getattr(config.objectives, name) * value
+    metrics |= {name: value, **extra}
+  return LossOutput(loss=total, metrics={"loss": total, **metrics})
+
+
+def loss(
+  params: Params, batch: Batch, *, config: Config, key: jax.Array
+) -> LossOutput:
+  """The weighted sum of the active objectives on one global batch.
+
+  Args:
+    params: as made by `init`.
+    batch: with the masks that the active objectives need.
+    config: the run's; `train.seed` is not read here.
+    key: dropout and in-batch negatives of this step. None of both is drawn
+      when dropout is 0 and negatives come from the data set.
+  """
+  dropout_key, draw_key = jax.random.split(key)
+  return Towers(config.model).apply(
+    {"params": params},
+    batch,
+    config,
+    draw_key,
+    method=_step,
+    rngs={"dropout": dropout_key},
+  )
+
+
+def init(config: Config, key: jax.Array) -> Params:
+  """Parameters of everything the active objectives read, float32."""
+  return Towers(config.model).init(
+    {"params": key}, example_batch(config), config, key, method=_step
+  )["params"]
+
+
+def example_batch(config: Config) -> Batch:
+  """A batch of two samples with the shapes of the real one, all zeros."""
+  vision, text = config.model.vision, config.model.text
+  num_kept = round_down(vision.num_patches, 1 - config.masking.image_drop_ratio)
+  num_tok = round_down(vision.num_patches, config.masking.image_token_ratio)
+  size = vision.image_size
+  ids_BT = jnp.zeros((2, text.max_length), jnp.int32)
+  valid_BT = jnp.ones((2, text.max_length), bool)
+  pos_BJ = jnp.zeros((2, 1), jnp.int32)
+  ok_BJ = jnp.ones((2, 1), bool)
+  image_BYXC = jnp.zeros((2, size, size, 3), jnp.uint8)
+  return Batch(
+    image_BYXC=image_BYXC,
+    image_id_B=jnp.arange(2, dtype=jnp.int32),
+    text_ids_BT=ids_BT,
+    text_valid_BT=valid_BT,
+    mlm_ids_BT=ids_BT,
+    mlm_pos_BJ=pos_BJ,
+    mlm_labels_BJ=pos_BJ,
+    mlm_ok_BJ=ok_BJ,
+    scl_ids_BT=ids_BT,
+    scl_pos_BJ=pos_BJ,
+    scl_ok_BJ=ok_BJ,
+    keep_idx_BI=jnp.zeros((2, num_kept), jnp.int32),
+    tok_idx_BI=jnp.zeros((2, num_tok), jnp.int32),
+    itm_labels_B=jnp.array([0, 1], jnp.int32),
+    false_image_BYXC=image_BYXC,
+  )
+
+
+def round_down(count: int, ratio: float) -> int:
+  """floor(count * ratio + 1e-6): exact where the float falls just short."""
+  return int(count * ratio + 1e-6)
+
+
+def encode_image(
+  params: Params, image_BYXC: jax.Array, *, config: Config
+) -> jax.Array:
+  """Complete images to encoder states (B, 1 + N, D), class token first."""
+
+  def method(model: Towers) -> jax.Array:
+    return model.vision(normalize_images(image_BYXC, config.data))
+
+  return _apply(params, config, method)
+
+
+def encode_text(
+  params: Params,
+  text_ids_BT: jax.Array,
+  text_valid_BT: jax.Array,
+  *,
+  config: Config,
+) -> jax.Array:
+  """Complete texts to encoder states (B, T, D)."""
+  return _apply(
+    params, config, lambda model: model.text(text_ids_BT, text_valid_BT)
+  )
+
+
+def contrastive_vectors(
+  params: Params, x_BTD: jax.Array, y_BID: jax.Array, *, config: Config
+) -> tuple[jax.Array, jax.Array]:
+  """Unit ITC vectors (text, image), each (B, E)."""
+
+  def method(model: Towers) -> tuple[jax.Array, jax.Array]:
+    return model.project(
+      model.fusion.transform_text(x_BTD[:, :1])[:, 0],
+      model.fusion.transform_image(y_BID[:, :1])[:, 0],
+    )
+
+  text_BE, image_BE = _apply(params, config, method)
+  return contrastive.normalize(text_BE), contrastive.normalize(image_BE)
+
+
+def match_scores(
+  params: Params,
+  x_BTD: jax.Array,
+  text_valid_BT: jax.Array,
+  y_BID: jax.Array,
+  *,
+  config: Config,
+) -> jax.Array:
+  """ITM logit difference (match - no match) of pairs of states, (B,)."""
+
+  def method(model: Towers) -> jax.Array:
+    streams = _fused_body(model, x_BTD, text_valid_BT, y_BID)
+    class_B1 = jnp.zeros((x_BTD.shape[0], 1), jnp.int32)
+    x_B1D, y_B1D = model.fusion.head(
+      streams, text_valid_BT, class_B1, class_B1
+    )
+    return model.match_logits(x_B1D[:, 0], y_B1D[:, 0])
+
+  logits_B2 = _apply(params, config, method)
+  return logits_B2[:, 1] - logits_B2[:, 0]
+
+
+def cross_attention(
+  params: Params,
+  x_BTD: jax.Array,
+  text_valid_BT: jax.Array,
+  y_BID: jax.Array,
+  *,
+  config: Config,
+) -> jax.Array:
+  """Text-to-image attention of the last fusion layer, (B, H, T, 1 + N)."""
+
+  def method(model: Towers) -> jax.Array:
+    streams = _fused_body(model, x_BTD, text_valid_BT, y_BID)
+    return model.fusion.attention(streams, text_valid_BT)
+
+  return _apply(params, config, method)
+
+
+def _fused_body(model: Towers, x_BTD, text_valid_BT, y_BID):
+  return model.fusion.body(
+    model.fusion.transform_text(x_BTD),
+    text_valid_BT,
+    model.fusion.transform_image(y_BID),
+  )
+
+
+def _apply(params: Params, config: Config, method: Callable):
+  return Towers(config.model).apply({"params": params}, method=method)

@@ -1,0 +1,56 @@
+"""The contracts between folders, and the legend of shape letters.
+
+Every array of known rank ends in `_` and one capital per dimension; a digit
+is a fixed size. Letters name logical dimensions, never the sharded layout.
+
+  B batch (global)   I image tokens      T text tokens     L any sequence
+  M other sequence   Q rows asked for    D model width     H heads
+  K head width       F mlp width         V vocabulary      E joint space
+  N layers           Y, X image rows, columns   C colour   P patch values
+  J masked items     G group             A any             W words
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Params = Any  # nested dict of arrays
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+  """One global batch. Every mask is an array made by the data pipeline.
+
+  Index masks are (B, J) int32 with a boolean `_ok` twin of static J; slots
+  that are not `ok` hold index 0 and count for nothing. Ratio masks of images
+  hold exact counts and need no `ok`.
+  """
+
+  image_BYXC: jax.Array  # uint8; normalised on the device
+  image_id_B: jax.Array  # int32; equal ids are the same image
+  text_ids_BT: jax.Array  # int32
+  text_valid_BT: jax.Array  # bool; True where a token (or special) stands
+  mlm_ids_BT: jax.Array | None = None  # T_mlm
+  mlm_pos_BJ: jax.Array | None = None  # positions that carry a label
+  mlm_labels_BJ: jax.Array | None = None  # original ids there
+  mlm_ok_BJ: jax.Array | None = None
+  scl_ids_BT: jax.Array | None = None  # T_40
+  scl_pos_BJ: jax.Array | None = None  # positions hidden in T_40
+  scl_ok_BJ: jax.Array | None = None
+  keep_idx_BI: jax.Array | None = None  # patches kept in I~80
+  tok_idx_BI: jax.Array | None = None  # patches replaced in I~30
+  itm_labels_B: jax.Array | None = None  # data-set negatives only: 1 = own
+  false_image_BYXC: jax.Array | None = None  # data-set negatives only
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossOutput:
+  """A scalar to minimise and scalars to log."""
+
+  loss: jax.Array
+  metrics: dict[str, jax.Array]
