@@ -1,0 +1,1 @@
+"""Image-text pairs: from files to batches."""

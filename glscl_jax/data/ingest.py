@@ -1,0 +1,181 @@
+"""Reads pairs listed in a JSON Lines file; bad lines are counted and named.
+
+A line is {"image": path, "caption": str or list, "id": .., "split": ..}; `id`
+and `split` may be absent. Images keep the bytes of their files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from PIL import Image
+
+from glscl_jax.data import pairs, progress
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+  """One line that parsed; its image has not been looked at."""
+
+  number: int  # from 1
+  id: str
+  split: str
+  image: str  # path as written
+  captions: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reject:
+  """One line that cannot be used."""
+
+  line: int  # from 1
+  id: str  # or the image's path, or empty
+  reason: str
+
+
+class _BadLine(ValueError):
+  pass
+
+
+def read_lines(
+  path: pathlib.Path, *, split: str = "train"
+) -> tuple[list[Line], list[Reject], int]:
+  """Parses the file; returns good lines, rejects and the number of lines.
+
+  Empty lines do not count.
+
+  Raises:
+    DataError: the file cannot be read or holds no line.
+  """
+  lines, rejects, ids = [], [], set()
+  num_lines = 0
+  try:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+      for number, text in enumerate(file, start=1):
+        if not text.strip():
+          continue
+        num_lines += 1
+        try:
+          line = _parse(text, number, split)
+          if line.id in ids:
+            raise _BadLine(f"id {line.id!r} was used on an earlier line")
+        except _BadLine as error:
+          rejects.append(Reject(line=number, id="", reason=str(error)))
+          continue
+        ids.add(line.id)
+        lines.append(line)
+  except OSError as error:
+    raise pairs.DataError(
+      f"{path}: cannot be read ({error.strerror}); --input names the JSON "
+      "Lines file"
+    ) from error
+  if num_lines == 0:
+    raise pairs.DataError(f"{path}: the file is empty")
+  return lines, rejects, num_lines
+
+
+def _parse(text: str, number: int, split: str) -> Line:
+  try:
+    text.encode("utf-8")
+    row = json.loads(text)
+  except ValueError as error:
+    raise _BadLine(f"not valid JSON: {error}") from error
+  if not isinstance(row, dict):
+    raise _BadLine(f"expected an object, got {type(row).__name__}")
+  for key in ("image", "caption"):
+    if key not in row:
+      raise _BadLine(f"no key {key!r}; it has {sorted(row)}")
+  if not isinstance(row["image"], str) or not row["image"]:
+    raise _BadLine(f"image: expected a path, got {row['image']!r}")
+  chosen = row["split"] if "split" in row else split
+  if not isinstance(chosen, str) or not chosen.isidentifier():
+    raise _BadLine(f"split: expected a name like 'train', got {chosen!r}")
+  identity = row["id"] if "id" in row else f"line-{number}"
+  if isinstance(identity, int) and not isinstance(identity, bool):
+    identity = str(identity)
+  if not isinstance(identity, str) or not identity:
+    raise _BadLine(f"id: expected a string, got {identity!r}")
+  return Line(
+    number=number,
+    id=identity,
+    split=chosen,
+    image=row["image"],
+    captions=_parse_captions(row["caption"]),
+  )
+
+
+def _parse_captions(value: Any) -> tuple[str, ...]:
+  values = [value] if isinstance(value, str) else value
+  if not isinstance(values, list) or not all(
+    isinstance(text, str) for text in values
+  ):
+    raise _BadLine("caption: expected a string or a list of strings")
+  captions = tuple(text.strip() for text in values)
+  if not captions or not all(captions):
+    raise _BadLine("caption: empty")
+  return captions
+
+
+def fingerprint(lines: Sequence[Line], root: pathlib.Path) -> str:
+  """A hash of the names, sizes and times of all image files."""
+  total = hashlib.sha256()
+  for line in lines:
+    try:
+      stat = (root / line.image).stat()
+      seen = f"{line.image}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+    except OSError:
+      seen = f"{line.image}\0missing\n"
+    total.update(seen.encode("utf-8", "surrogateescape"))
+  return total.hexdigest()
+
+
+def read_records(
+  lines: Sequence[Line],
+  root: pathlib.Path,
+  *,
+  split: str,
+  rejects: list[Reject],
+) -> Iterator[pairs.Record]:
+  """Yields the pairs of one split; appends the unreadable ones to `rejects`."""
+  chosen = [line for line in lines if line.split == split]
+  for line in progress.bar(chosen, name=f"read {split}", total=len(chosen)):
+    try:
+      image = (root / line.image).read_bytes()
+      _check_image(image)
+    except (OSError, ValueError, SyntaxError) as error:
+      # PIL raises SyntaxError on some broken PNGs.
+      reason = f"image {root / line.image}: {error}"
+      rejects.append(Reject(line=line.number, id=line.id, reason=reason))
+      continue
+    yield pairs.Record(
+      id=line.id, split=split, image=image, captions=line.captions
+    )
+
+
+def _check_image(data: bytes) -> None:
+  """Decodes the whole image: a truncated one passes a look at its header."""
+  with Image.open(io.BytesIO(data)) as image:
+    image.load()
+
+
+def check_rejects(
+  path: pathlib.Path,
+  rejects: Sequence[Reject],
+  *,
+  num_lines: int,
+  max_share: float,
+) -> None:
+  """Raises DataError, with the first reasons, when too many were rejected."""
+  if len(rejects) <= max_share * num_lines:
+    return
+  first = "\n".join(f"  line {r.line}: {r.reason}" for r in rejects[:10])
+  raise pairs.DataError(
+    f"{path}: {len(rejects)} of {num_lines} lines rejected, more than "
+    f"--max_reject_share={max_share}. The first:\n{first}"
+  )

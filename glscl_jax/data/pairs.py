@@ -1,0 +1,237 @@
+"""A data directory: ArrayRecord files, a tokenizer and a manifest.
+
+Written by a tensorflow-datasets builder (no TensorFlow), read by `sources.py`.
+A directory appears whole or not at all: it is made under a temporary name and
+renamed. `manifest.json` holds what it was made from and the hash of each file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # of the directory; another number is another layout
+_DATASET = "pairs"
+_VERSION = "1.0.0"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+  """One image with its captions, before it is written."""
+
+  id: str  # unique in the directory
+  split: str
+  image: bytes  # encoded, as the file was
+  captions: tuple[str, ...]
+
+
+class DataError(ValueError):
+  """Data that cannot be used; the message names the file or record."""
+
+
+def sha256_of(path: pathlib.Path) -> str:
+  """The hash of a file's bytes."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
+  """The manifest of a data directory.
+
+  Raises:
+    DataError: no such directory, or no readable manifest in it.
+  """
+  path = pathlib.Path(data_dir) / MANIFEST
+  if not path.parent.is_dir():
+    raise DataError(
+      f"{path.parent}: no such data directory; make it with `python "
+      f"launch/prepare.py --source=emoji --output={path.parent}` (or "
+      "--source=jsonl --input=FILE)"
+    )
+  try:
+    manifest = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise DataError(
+      f"{path}: not readable ({error}); {path.parent} was not made by "
+      "launch/prepare.py or is damaged: make it again"
+    ) from error
+  if manifest["format"] != FORMAT:
+    raise DataError(
+      f"{path}: format {manifest['format']}, this version reads {FORMAT}: "
+      "make the directory again with launch/prepare.py"
+    )
+  return manifest
+
+
+def find_damage(
+  data_dir: str | os.PathLike[str], *, source: Mapping[str, Any]
+) -> str:
+  """Why the directory cannot stand for `source`; empty when it can.
+
+  Reads every file: used before a preparation is skipped.
+  """
+  try:
+    manifest = read_manifest(data_dir)
+  except DataError as error:
+    return str(error)
+  if manifest["source"] != json.loads(json.dumps(source)):
+    return "it was made with other parameters or from other files"
+  for name, entry in manifest["files"].items():
+    path = pathlib.Path(data_dir) / name
+    if not path.is_file():
+      return f"{name} is missing"
+    if path.stat().st_size != entry["size"] or (
+      sha256_of(path) != entry["sha256"]
+    ):
+      return f"{name} is damaged"
+  return ""
+
+
+def write(
+  data_dir: str | os.PathLike[str],
+  *,
+  splits: Mapping[str, Callable[[], Iterable[Record]]],
+  source: Mapping[str, Any],
+  finish: Callable[[pathlib.Path, dict[str, Any]], None],
+) -> dict[str, Any]:
+  """Writes a whole directory and returns its manifest.
+
+  Args:
+    data_dir: replaced when it exists.
+    splits: name -> function giving the records of the split, called once.
+    source: what the directory is made from, JSON-able; compared by
+      `find_damage` before a later preparation is skipped.
+    finish: called with the unfinished directory and manifest, to add a
+      tokenizer and further entries; may raise to give up.
+
+  Raises:
+    DataError: a split without records.
+  """
+  target = pathlib.Path(data_dir).absolute()
+  target.parent.mkdir(parents=True, exist_ok=True)
+  for stale in target.parent.glob(f"{target.name}.tmp-*"):
+    if not _is_running(stale.name.rpartition("-")[2]):
+      shutil.rmtree(stale, ignore_errors=True)
+  scratch = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+  try:
+    images = _ImageIndex()
+    built = _build(scratch / "build", splits, images)
+    whole = scratch / "whole"
+    shutil.move(built, whole)
+    manifest = {
+      "format": FORMAT,
+      "source": dict(source),
+      "splits": _count(whole),
+      "images": len(images.index),
+      "images_in_several_splits": images.count_shared(),
+    }
+    finish(whole, manifest)
+    manifest["files"] = {
+      path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
+      for path in sorted(whole.iterdir())
+    }
+    text = json.dumps(manifest, indent=2, sort_keys=True)
+    (whole / MANIFEST).write_text(text + "\n")
+    if target.exists():
+      target.rename(scratch / "old")
+    whole.rename(target)
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+  return manifest
+
+
+def _is_running(pid: str) -> bool:
+  try:
+    os.kill(int(pid), 0)
+  except (ValueError, ProcessLookupError):
+    return False
+  except PermissionError:
+    return True
+  return True
+
+
+class _ImageIndex:
+  """Numbers distinct images in the order they are first seen."""
+
+  def __init__(self):
+    self.index: dict[bytes, int] = {}
+    self._splits: dict[int, set[str]] = {}
+
+  def add(self, image: bytes, split: str) -> int:
+    """The number of an image, the same for equal bytes."""
+    digest = hashlib.sha256(image).digest()
+    number = self.index.setdefault(digest, len(self.index))
+    self._splits.setdefault(number, set()).add(split)
+    return number
+
+  def count_shared(self) -> int:
+    """How many images stand in more than one split."""
+    return sum(len(names) > 1 for names in self._splits.values())
+
+
+def _build(
+  root: pathlib.Path,
+  splits: Mapping[str, Callable[[], Iterable[Record]]],
+  images: _ImageIndex,
+) -> pathlib.Path:
+  """Runs the builder below `root`; returns the folder of its files."""
+  # Imported late: it takes seconds, and readers of a manifest do not need it.
+  import tensorflow_datasets as tfds
+
+  class Pairs(tfds.core.GeneratorBasedBuilder):
+    """Image-text pairs."""
+
+    name = _DATASET
+    VERSION = tfds.core.Version(_VERSION)
+
+    def _info(self):
+      return tfds.core.DatasetInfo(
+        builder=self,
+        description="Image-text pairs, images as their encoded bytes.",
+        features=tfds.features.FeaturesDict(
+          {
+            "id": tfds.features.Text(),
+            "image": tfds.features.Image(),
+            "captions": tfds.features.Sequence(tfds.features.Text()),
+            "image_id": tfds.features.Scalar(dtype=np.int32),
+          }
+        ),
+      )
+
+    def _split_generators(self, dl_manager):
+      del dl_manager
+      return {name: self._generate_examples(name) for name in splits}
+
+    def _generate_examples(self, name):
+      empty = True
+      for record in splits[name]():
+        empty = False
+        yield record.id, {
+          "id": record.id,
+          "image": record.image,
+          "captions": list(record.captions),
+          "image_id": images.add(record.image, name),
+        }
+      if empty:
+        raise DataError(f"split {name!r} has no usable record")
+
+  builder = Pairs(data_dir=root, file_format="array_record")
+  builder.download_and_prepare()
+  return pathlib.Path(builder.data_dir)
+
+
+def _count(directory: pathlib.Path) -> dict[str, int]:
+  info = json.loads((directory / "dataset_info.json").read_text())
+  return {
+    split["name"]: sum(int(n) for n in split["shardLengths"])
+    for split in info["splits"]
+  }

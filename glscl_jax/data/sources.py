@@ -1,0 +1,132 @@
+"""Reads a data directory: random access to examples by split.
+
+Made by `launch/prepare.py`, used by the training pipeline and by evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+from glscl_jax.data import pairs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+  """One image with its captions."""
+
+  id: str
+  image: bytes  # encoded: PNG, JPEG, ..
+  captions: tuple[str, ...]
+  image_id: int  # equal for equal images, within one data directory
+
+
+def splits(data_dir: str | os.PathLike[str]) -> dict[str, int]:
+  """Split names and their number of records."""
+  return dict(pairs.read_manifest(data_dir)["splits"])
+
+
+def tokenizer_path(data_dir: str | os.PathLike[str]) -> pathlib.Path:
+  """The tokenizer file of a data directory.
+
+  Raises:
+    DataError: there is none.
+  """
+  for name in ("tokenizer.model", "tokenizer.json"):
+    path = pathlib.Path(data_dir) / name
+    if path.is_file():
+      return path
+  raise pairs.DataError(
+    f"{data_dir}: no tokenizer.model or tokenizer.json; set data.tokenizer, "
+    "or make the directory again with launch/prepare.py (--train_tokenizer)"
+  )
+
+
+class Source:
+  """Random access to the examples of one split; can be pickled."""
+
+  def __init__(self, data_dir: pathlib.Path, split: str, size: int):
+    self.name = f"{data_dir.name}/{split}"
+    self._data_dir = data_dir
+    self._split = split
+    self._size = size
+    self._records: Any = None
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __repr__(self) -> str:
+    return f"Source({str(self._data_dir)!r}, {self._split!r}, {self._size})"
+
+  def __getitem__(self, index: int) -> Example:
+    """Reads one example.
+
+    Raises:
+      DataError: the record cannot be read; names the directory and index.
+    """
+    if not 0 <= index < self._size:
+      raise IndexError(f"{self.name} has {self._size} records, not {index}")
+    try:
+      record = self._open()[index]
+    except (RuntimeError, ValueError, IndexError) as error:
+      raise pairs.DataError(
+        f"{self._data_dir}, split {self._split}, record {index}: not readable "
+        f"({error}); make the directory again with launch/prepare.py"
+      ) from error
+    return Example(
+      id=_text(record["id"]),
+      image=record["image"],
+      captions=tuple(_text(caption) for caption in record["captions"]),
+      image_id=int(record["image_id"]),
+    )
+
+  def __getstate__(self) -> dict[str, Any]:
+    # An open reader holds file handles: every worker opens its own.
+    return {**self.__dict__, "_records": None}
+
+  def _open(self) -> Any:
+    if self._records is None:
+      # Imported late: it takes seconds.
+      import tensorflow_datasets as tfds
+
+      builder = tfds.builder_from_directory(str(self._data_dir))
+      self._records = builder.as_data_source(
+        split=self._split, decoders={"image": tfds.decode.SkipDecoding()}
+      )
+    return self._records
+
+
+def _text(value: Any) -> str:
+  return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def open_source(data_dir: str | os.PathLike[str], split: str) -> Source:
+  """Opens one split; checks that its files are whole.
+
+  Raises:
+    DataError: a missing directory, an unknown split, a missing or truncated
+      file, or one whose records cannot be read.
+  """
+  directory = pathlib.Path(data_dir).absolute()
+  manifest = pairs.read_manifest(directory)
+  if split not in manifest["splits"]:
+    raise pairs.DataError(
+      f"{data_dir}: no split {split!r}; it has {sorted(manifest['splits'])}"
+    )
+  for name, entry in manifest["files"].items():
+    if f"-{split}.array_record" in name:
+      _check_size(directory / name, entry["size"])
+  source = Source(directory, split, manifest["splits"][split])
+  source[0]  # fails here rather than in a worker
+  return source
+
+
+def _check_size(path: pathlib.Path, size: int) -> None:
+  found = path.stat().st_size if path.is_file() else None
+  if found != size:
+    state = "is missing" if found is None else f"has {found} of {size} bytes"
+    raise pairs.DataError(
+      f"{path} {state}; make the directory again with launch/prepare.py"
+    )

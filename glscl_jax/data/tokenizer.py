@@ -1,0 +1,257 @@
+"""Text to token ids, by sentencepiece or by a Hugging Face tokenizer file.
+
+One interface for both. Ids follow RoBERTa: start 0, pad 1, end 2, unknown 3,
+mask last. Padding is known by position, never by its id.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import io
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from glscl_jax.config import Config, ConfigError
+
+MASK = "<mask>"
+_WORD_START = "\u2581"  # sentencepiece's mark of a space
+
+
+class TokenizerError(ValueError):
+  """A tokenizer file that cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens:
+  """One text, padded to a fixed length."""
+
+  ids_T: np.ndarray  # int32
+  valid_T: np.ndarray  # bool; True for the text and its two specials
+  word_T: np.ndarray  # int32; word number, -1 for specials and padding
+  truncated: bool
+
+
+class Tokenizer(abc.ABC):
+  """What both kinds of file offer; can be pickled."""
+
+  vocab_size: int
+  start_id: int
+  end_id: int
+  pad_id: int
+  mask_id: int
+  sha256: str  # of the file
+
+  @property
+  def special_ids(self) -> frozenset[int]:
+    """Ids that stand for no text: never masked, never a replacement."""
+    return frozenset((self.start_id, self.end_id, self.pad_id, self.mask_id))
+
+  def encode(self, text: str, max_length: int) -> Tokens:
+    """Start, text, end, padding; a long text is cut before the end.
+
+    Args:
+      text: any string; empty gives the two specials alone.
+      max_length: T, with both specials.
+    """
+    if max_length < 2:
+      raise ValueError(f"max_length {max_length} has no room for the specials")
+    ids, words = self._split(text)
+    room = max_length - 2
+    truncated = len(ids) > room
+    ids, words = ids[:room], words[:room]
+    used = len(ids) + 2
+    ids_T = np.full(max_length, self.pad_id, np.int32)
+    ids_T[:used] = [self.start_id, *ids, self.end_id]
+    word_T = np.full(max_length, -1, np.int32)
+    word_T[1 : used - 1] = words
+    return Tokens(
+      ids_T=ids_T,
+      valid_T=np.arange(max_length) < used,
+      word_T=word_T,
+      truncated=truncated,
+    )
+
+  @abc.abstractmethod
+  def pieces(self, ids: Iterable[int]) -> list[str]:
+    """The written form of each id."""
+
+  @abc.abstractmethod
+  def _split(self, text: str) -> tuple[list[int], list[int]]:
+    """Ids of the bare text and the number of the word of each."""
+
+
+class _SentencePiece(Tokenizer):
+  def __init__(self, proto: bytes, name: str):
+    self._proto, self._name = proto, name
+    self._load()
+    model = self._model
+    size = model.get_piece_size()
+    self.start_id, self.end_id = model.bos_id(), model.eos_id()
+    self.pad_id = model.pad_id()
+    found = model.piece_to_id(MASK)
+    has_mask = found != model.unk_id()
+    # Ours have no mask piece: an id past the last one cannot come from text.
+    self.mask_id = found if has_mask else size
+    self.vocab_size = size if has_mask else size + 1
+    self.sha256 = hashlib.sha256(proto).hexdigest()
+    for what in ("start_id", "end_id", "pad_id"):
+      if getattr(self, what) < 0:
+        raise TokenizerError(
+          f"{name}: the model has no {what.removesuffix('_id')} piece; train "
+          "it with bos, eos and pad ids"
+        )
+
+  def _load(self) -> None:
+    try:
+      self._model = sentencepiece.SentencePieceProcessor(
+        model_proto=self._proto
+      )
+    except RuntimeError as error:
+      raise TokenizerError(
+        f"{self._name}: not a sentencepiece model: {error}"
+      ) from error
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {k: v for k, v in self.__dict__.items() if k != "_model"}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._load()
+
+  def pieces(self, ids: Iterable[int]) -> list[str]:
+    return [
+      MASK if int(i) == self.mask_id else self._model.id_to_piece(int(i))
+      for i in ids
+    ]
+
+  def _split(self, text: str) -> tuple[list[int], list[int]]:
+    ids = self._model.encode(text)
+    starts = [
+      self._model.id_to_piece(i).startswith(_WORD_START) for i in ids
+    ]
+    starts[:1] = [True] * len(starts[:1])
+    return ids, [int(n) - 1 for n in np.cumsum(starts)]
+
+
+class _HuggingFace(Tokenizer):
+  def __init__(self, text: str, name: str):
+    self._text, self._name = text, name
+    self._load()
+    self.start_id = self._find("<s>", "[CLS]")
+    self.end_id = self._find("</s>", "[SEP]")
+    self.pad_id = self._find("<pad>", "[PAD]")
+    self.mask_id = self._find(MASK, "[MASK]")
+    self.vocab_size = max(self._model.get_vocab().values()) + 1
+    self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+
+  def _load(self) -> None:
+    try:
+      self._model = tokenizers.Tokenizer.from_str(self._text)
+    except Exception as error:  # the library raises bare Exception
+      raise TokenizerError(
+        f"{self._name}: not a tokenizer.json of the tokenizers library: "
+        f"{error}"
+      ) from error
+    self._model.no_truncation()
+    self._model.no_padding()
+    # A caption that spells "<mask>" or "</s>" is text like any other.
+    self._model.encode_special_tokens = True
+
+  def _find(self, *names: str) -> int:
+    for name in names:
+      found = self._model.token_to_id(name)
+      if found is not None:
+        return found
+    raise TokenizerError(f"{self._name}: no {' or '.join(names)} token")
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {k: v for k, v in self.__dict__.items() if k != "_model"}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._load()
+
+  def pieces(self, ids: Iterable[int]) -> list[str]:
+    found = [self._model.id_to_token(int(i)) for i in ids]
+    if None in found:
+      raise IndexError(f"{self._name}: an id is not in the vocabulary")
+    return found
+
+  def _split(self, text: str) -> tuple[list[int], list[int]]:
+    encoding = self._model.encode(text, add_special_tokens=False)
+    return encoding.ids, [w if w is not None else 0 for w in encoding.word_ids]
+
+
+def load(path: str | pathlib.Path) -> Tokenizer:
+  """Reads a `.model` (sentencepiece) or `.json` (tokenizers) file.
+
+  Raises:
+    TokenizerError: no such file, another suffix, or a file that lacks the
+      special tokens.
+  """
+  path = pathlib.Path(path)
+  if path.suffix not in (".model", ".json"):
+    raise TokenizerError(
+      f"{path}: expected .model (sentencepiece) or .json (tokenizers)"
+    )
+  try:
+    data = path.read_bytes()
+  except OSError as error:
+    raise TokenizerError(
+      f"{path}: cannot be read ({error.strerror}); set data.tokenizer or run "
+      "launch/prepare.py"
+    ) from error
+  if path.suffix == ".model":
+    return _SentencePiece(data, str(path))
+  return _HuggingFace(data.decode(), str(path))
+
+
+def train_sentencepiece(
+  texts: Sequence[str], path: str | pathlib.Path, vocab_size: int
+) -> None:
+  """Trains a lower-casing unigram model on `texts` and writes it to `path`.
+
+  Args:
+    texts: the training captions and nothing else.
+    path: ends in .model.
+    vocab_size: V with the mask, which is an id past the model's last piece; a
+      small corpus may end with fewer.
+  """
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(texts),
+    model_writer=model,
+    vocab_size=vocab_size - 1,
+    hard_vocab_limit=False,
+    bos_id=0,
+    pad_id=1,
+    eos_id=2,
+    unk_id=3,
+    bos_piece="<s>",
+    pad_piece="<pad>",
+    eos_piece="</s>",
+    unk_piece="<unk>",
+    normalization_rule_name="nmt_nfkc_cf",
+    character_coverage=1.0,
+    num_threads=1,
+    minloglevel=2,
+  )
+  pathlib.Path(path).write_bytes(model.getvalue())
+
+
+def check_vocab(config: Config, tokenizer: Tokenizer) -> None:
+  """Raises ConfigError unless the model's vocabulary is the tokenizer's."""
+  expected = config.model.text.vocab_size
+  if tokenizer.vocab_size != expected:
+    raise ConfigError(
+      f"model.text.vocab_size: is {expected}, but the tokenizer has "
+      f"{tokenizer.vocab_size} entries: set --config.model.text.vocab_size="
+      f"{tokenizer.vocab_size}"
+    )
