@@ -1,0 +1,173 @@
+"""A split as retrieval sees it: unique images, unique captions, who fits whom.
+
+Records of one image (equal `image_id`) are one image; captions of equal text
+are one caption, even when they come from different images, because no score
+could tell them apart. So an image may have several captions and a caption
+several images. Pictures stay encoded until `image_batches` decodes each once.
+
+Shape letters beside those of types.py: U images of the split, Z captions.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+from glscl_jax.data import sources, transforms
+
+CaptionChoice = Literal["first", "all"]
+
+
+class RetrievalSetError(ValueError):
+  """A split that cannot be evaluated; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RetrievalSet:
+  """What a split asks, without pixels."""
+
+  source: sources.Source
+  split: str
+  record_U: np.ndarray  # record whose picture stands for the image
+  image_names: tuple[str, ...]  # id of that record
+  captions: tuple[str, ...]
+  relevant_UZ: np.ndarray  # bool; True where the caption fits the image
+  bad: tuple[str, ...] = ()  # "id: reason" of each record left out
+
+  @property
+  def num_images(self) -> int:
+    return len(self.image_names)
+
+  @property
+  def num_captions(self) -> int:
+    return len(self.captions)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageBatch:
+  """Consecutive images; rows that are not `ok` are black and count not."""
+
+  image_BYXC: np.ndarray  # uint8
+  ok_B: np.ndarray  # bool; False for padding and undecodable pictures
+  start: int  # index in the set of row 0
+  bad: tuple[str, ...]  # "id: reason"
+
+
+def read(
+  data_dir: str, split: str, *, captions: CaptionChoice = "first"
+) -> RetrievalSet:
+  """Reads the ids and captions of a split; decodes nothing.
+
+  Args:
+    data_dir: a directory made by launch/prepare.py.
+    split: one of its splits.
+    captions: "first" takes the first caption of each record (for the emoji
+      data the name alone), "all" takes every caption.
+
+  Raises:
+    RetrievalSetError: nothing is left of the split, or `captions` is unknown.
+  """
+  if captions not in ("first", "all"):
+    raise RetrievalSetError(f"captions={captions!r} is not 'first' or 'all'")
+  source = sources.open_source(data_dir, split)
+  images: dict[int, int] = {}  # image id -> row
+  texts: dict[str, int] = {}  # caption -> column
+  records, names, bad, pairs = [], [], [], []
+  for record in range(len(source)):
+    example = source[record]
+    found = [text.strip() for text in example.captions if text.strip()]
+    if not found:
+      bad.append(f"{example.id}: no caption")
+      continue
+    if example.image_id not in images:
+      images[example.image_id] = len(images)
+      records.append(record)
+      names.append(example.id)
+    row = images[example.image_id]
+    for text in found[:1] if captions == "first" else found:
+      pairs.append((row, texts.setdefault(text, len(texts))))
+  if not pairs:
+    raise RetrievalSetError(
+      f"{data_dir}, split {split!r}: none of {len(source)} records has a "
+      "caption"
+    )
+  relevant_UZ = np.zeros((len(images), len(texts)), bool)
+  relevant_UZ[tuple(np.array(pairs).T)] = True
+  return RetrievalSet(
+    source=source,
+    split=split,
+    record_U=np.array(records, np.int64),
+    image_names=tuple(names),
+    captions=tuple(texts),
+    relevant_UZ=relevant_UZ,
+    bad=tuple(bad),
+  )
+
+
+def image_batches(
+  retrieval_set: RetrievalSet,
+  *,
+  batch_size: int,
+  image_size: int,
+  num_threads: int = 2,
+) -> Iterator[ImageBatch]:
+  """Decodes every image once, `batch_size` at a time, the last one padded."""
+  total = retrieval_set.num_images
+  with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+    for start in range(0, total, batch_size):
+      rows = range(start, min(start + batch_size, total))
+      image_BYXC = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
+      ok_B = np.zeros(batch_size, bool)
+      bad = []
+      loaded = pool.map(lambda r: _load(retrieval_set, r, image_size), rows)
+      for i, (row, picture) in enumerate(zip(rows, loaded, strict=True)):
+        if isinstance(picture, str):
+          bad.append(f"{retrieval_set.image_names[row]}: {picture}")
+        else:
+          image_BYXC[i], ok_B[i] = picture, True
+      yield ImageBatch(
+        image_BYXC=image_BYXC, ok_B=ok_B, start=start, bad=tuple(bad)
+      )
+
+
+def _load(
+  retrieval_set: RetrievalSet, row: int, image_size: int
+) -> np.ndarray | str:
+  """The picture, or why there is none."""
+  encoded = retrieval_set.source[int(retrieval_set.record_U[row])].image
+  try:
+    return transforms.resize(transforms.decode(encoded), size=image_size)
+  except transforms.BadImage as error:
+    return str(error)
+
+
+def keep_images(
+  retrieval_set: RetrievalSet, ok_U: np.ndarray, bad: tuple[str, ...]
+) -> RetrievalSet:
+  """Leaves out images that could not be decoded, and captions left alone.
+
+  Raises:
+    RetrievalSetError: no image is left.
+  """
+  if not ok_U.any():
+    raise RetrievalSetError(
+      f"split {retrieval_set.split!r}: none of its {len(ok_U)} images can be "
+      f"decoded, first: {bad[0]}"
+    )
+  ok_Z = retrieval_set.relevant_UZ[ok_U].any(0)
+  return dataclasses.replace(
+    retrieval_set,
+    record_U=retrieval_set.record_U[ok_U],
+    image_names=_where(retrieval_set.image_names, ok_U),
+    captions=_where(retrieval_set.captions, ok_Z),
+    relevant_UZ=retrieval_set.relevant_UZ[ok_U][:, ok_Z],
+    bad=retrieval_set.bad + bad,
+  )
+
+
+def _where(items: tuple[str, ...], ok_A: np.ndarray) -> tuple[str, ...]:
+  return tuple(item for item, ok in zip(items, ok_A, strict=True) if ok)

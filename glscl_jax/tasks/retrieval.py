@@ -1,0 +1,562 @@
+"""Image-text retrieval, both directions, by dual encoder and re-ranked.
+
+Each image and each caption is encoded once. The dual encoder orders by the
+cosine of the contrastive vectors. Re-ranking scores pairs with the fusion
+layers: per image the `rerank_k` captions of best cosine, per caption the
+`rerank_k` best images, a pair that both ask for once (systems.md 6.1).
+
+  rerank         score of a candidate pair
+  none           cosine
+  itm            ITM logit difference, match - no match
+  itm_plus_itc   ITM logit difference + itc_weight * cosine (LAVIS: weight 1)
+  full           ITM logit difference, every pair is a candidate
+
+Ranks and ties: tasks/ranking.py. Shape letters beside those of types.py:
+U images of the split, Z captions, Q queries, A candidates, J candidates of a
+query that are scored again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glscl_jax import config as config_lib
+from glscl_jax import sharding
+from glscl_jax.data import retrieval_set as retrieval_sets
+from glscl_jax.data import tokenizer as tokenizers
+from glscl_jax.systems import glscl
+from glscl_jax.tasks import ranking
+from glscl_jax.types import Params
+
+Rerank = Literal["none", "itm", "itm_plus_itc", "full"]
+RERANKS = ("none", "itm", "itm_plus_itc", "full")
+DIRECTIONS = ("i2t", "t2i")
+DEFAULT_RERANK_K = 128
+SHOWN = 10  # best candidates kept for predictions
+
+OnProgress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+  """How candidates are ordered; part of every result."""
+
+  rerank: Rerank = "none"
+  rerank_k: int = DEFAULT_RERANK_K  # candidates a query; not for none, full
+  itc_weight: float = 1.0  # itm_plus_itc only
+  captions: retrieval_sets.CaptionChoice = "first"
+
+  def __post_init__(self):
+    if self.rerank not in RERANKS:
+      raise ValueError(f"rerank={self.rerank!r} is not one of {RERANKS}")
+    if self.rerank_k < 1:
+      raise ValueError(f"rerank_k must be positive, is {self.rerank_k}")
+
+  def describe(self) -> dict[str, Any]:
+    """What a result file says about it; only what took part."""
+    facts: dict[str, Any] = {"rerank": self.rerank, "captions": self.captions}
+    if self.rerank in ("itm", "itm_plus_itc"):
+      facts["rerank_k"] = self.rerank_k
+    if self.rerank == "itm_plus_itc":
+      facts["itc_weight"] = self.itc_weight
+    facts["ties"] = "count against the model"
+    facts["unit"] = "R@k are shares of the queries"
+    return facts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encodings:
+  """A split encoded once. Token arrays stay on the device, or are None."""
+
+  retrieval_set: retrieval_sets.RetrievalSet  # undecodable images left out
+  cosine_UZ: np.ndarray  # float32
+  image_row_U: np.ndarray  # row of `image_tokens`
+  image_tokens: jax.Array | None  # (A, I, D), padding rows included
+  text_tokens: jax.Array | None  # (A, T, D), row = caption
+  text_valid: jax.Array | None  # (A, T)
+  num_truncated: int  # captions longer than the text encoder takes
+  seconds: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ranking:
+  """One direction: the rank of each query and its best candidates."""
+
+  rank_Q: np.ndarray
+  top_QJ: np.ndarray  # candidate numbers, best first, at most SHOWN
+  top_score_QJ: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rankings:
+  """Both directions, and what the fusion layers cost."""
+
+  i2t: Ranking
+  t2i: Ranking
+  num_pairs: int = 0  # scored by the fusion layers
+  seconds: float = 0.0  # of scoring them, compilation included
+  pairs_per_second: float | None = None  # after the first, compiling batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+  """The compiled parts, made once per configuration and mesh."""
+
+  encode_images: Callable[..., tuple[jax.Array, jax.Array]]
+  encode_texts: Callable[..., tuple[jax.Array, jax.Array]]
+  match: Callable[..., jax.Array]
+  place: Callable[[np.ndarray], Any]  # rows of a batch over the mesh
+  replicate: Callable[[np.ndarray], Any]
+
+
+# Kept across calls: the train loop evaluates many times with one config.
+@functools.lru_cache(maxsize=4)
+def _make_programs(
+  config: config_lib.Config, mesh: jax.sharding.Mesh | None
+) -> _Programs:
+  def encode_images(params, image_BYXC):
+    y_BID = glscl.encode_image(params, image_BYXC, config=config)
+    # Each vector depends on its own modality only; XLA drops the other.
+    blank_B1D = jnp.zeros((len(y_BID), 1, config.model.text.width))
+    _, image_BE = glscl.contrastive_vectors(
+      params, blank_B1D, y_BID, config=config
+    )
+    return y_BID, image_BE
+
+  def encode_texts(params, text_ids_BT, text_valid_BT):
+    x_BTD = glscl.encode_text(
+      params, text_ids_BT, text_valid_BT, config=config
+    )
+    blank_B1D = jnp.zeros((len(x_BTD), 1, config.model.vision.width))
+    text_BE, _ = glscl.contrastive_vectors(
+      params, x_BTD, blank_B1D, config=config
+    )
+    return x_BTD, text_BE
+
+  def match(params, x_ZTD, valid_ZT, y_UID, text_row_B, image_row_B):
+    return glscl.match_scores(
+      params,
+      x_ZTD[text_row_B],
+      valid_ZT[text_row_B],
+      y_UID[image_row_B],
+      config=config,
+    )
+
+  if mesh is None:
+    return _Programs(
+      jax.jit(encode_images),
+      jax.jit(encode_texts),
+      jax.jit(match),
+      np.asarray,
+      jnp.asarray,
+    )
+  # Replicated outputs can be read on every process of a pod.
+  everywhere = sharding.replicated(mesh)
+  make = functools.partial(jax.jit, out_shardings=everywhere)
+  return _Programs(
+    make(encode_images),
+    make(encode_texts),
+    make(match),
+    functools.partial(_put, sharding=sharding.batch_sharding(mesh)),
+    functools.partial(_put, sharding=everywhere),
+  )
+
+
+def _put(array: np.ndarray, *, sharding: jax.sharding.Sharding) -> jax.Array:
+  """Makes a global array of an array that every process holds whole."""
+  return jax.make_array_from_callback(
+    array.shape, sharding, lambda index: array[index]
+  )
+
+
+def encode(
+  params: Params,
+  retrieval_set: retrieval_sets.RetrievalSet,
+  *,
+  config: config_lib.Config,
+  tokenizer: tokenizers.Tokenizer,
+  batch_size: int = 64,
+  keep_tokens: bool = False,
+  mesh: jax.sharding.Mesh | None = None,
+  on_progress: OnProgress | None = None,
+) -> Encodings:
+  """Encodes every image and every caption of a split once.
+
+  Args:
+    batch_size: images or captions a call; rounded up to fill the mesh.
+    keep_tokens: keep the outputs of both encoders for re-ranking.
+    mesh: spread batches over it; None: where `params` are.
+    on_progress: called as (stage, done, total).
+
+  Raises:
+    RetrievalSetError: no image can be decoded.
+    ValueError: the model gives vectors that are not finite.
+  """
+  started = time.perf_counter()
+  _check_head(config, "itc", "the dual encoder orders by it")
+  programs = _make_programs(config, mesh)
+  settings = {
+    "batch_size": _round_to_mesh(batch_size, mesh),
+    "keep_tokens": keep_tokens,
+    "tell": on_progress or (lambda *_: None),
+  }
+  image_tokens, image_AE, ok_A, bad = _encode_images(
+    params, retrieval_set, programs, config, **settings
+  )
+  kept = retrieval_sets.keep_images(retrieval_set, ok_A, bad)
+  text_tokens, text_ZE, valid, num_truncated = _encode_texts(
+    params, kept.captions, programs, config, tokenizer, **settings
+  )
+  cosine_UZ = image_AE[ok_A] @ text_ZE.T
+  if not np.isfinite(cosine_UZ).all():
+    raise ValueError(
+      f"split {kept.split!r}: the model gives cosines that are not finite"
+    )
+  return Encodings(
+    retrieval_set=kept,
+    cosine_UZ=cosine_UZ,
+    image_row_U=np.flatnonzero(ok_A),
+    image_tokens=jnp.concatenate(image_tokens) if keep_tokens else None,
+    text_tokens=jnp.concatenate(text_tokens) if keep_tokens else None,
+    text_valid=programs.replicate(valid) if keep_tokens else None,
+    num_truncated=num_truncated,
+    seconds=time.perf_counter() - started,
+  )
+
+
+def _encode_images(
+  params: Params,
+  retrieval_set: retrieval_sets.RetrievalSet,
+  programs: _Programs,
+  config: config_lib.Config,
+  *,
+  batch_size: int,
+  keep_tokens: bool,
+  tell: OnProgress,
+) -> tuple[list[jax.Array], np.ndarray, np.ndarray, tuple[str, ...]]:
+  """Token batches, (A, E) vectors, (A,) decodable, and the bad ones."""
+  tokens, vectors, ok, bad = [], [], [], []
+  total = retrieval_set.num_images
+  for batch in retrieval_sets.image_batches(
+    retrieval_set,
+    batch_size=batch_size,
+    image_size=config.model.vision.image_size,
+    num_threads=config.data.num_threads,
+  ):
+    y, vector = programs.encode_images(
+      params, programs.place(batch.image_BYXC)
+    )
+    tokens.extend([y] if keep_tokens else [])
+    vectors.append(np.asarray(vector, np.float32))
+    ok.append(batch.ok_B)
+    bad.extend(batch.bad)
+    tell("images", min(batch.start + batch_size, total), total)
+  return (
+    tokens,
+    np.concatenate(vectors)[:total],
+    np.concatenate(ok)[:total],
+    tuple(bad),
+  )
+
+
+def _encode_texts(
+  params: Params,
+  captions: tuple[str, ...],
+  programs: _Programs,
+  config: config_lib.Config,
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  batch_size: int,
+  keep_tokens: bool,
+  tell: OnProgress,
+) -> tuple[list[jax.Array], np.ndarray, np.ndarray, int]:
+  """Token batches, (Z, E) vectors, (Z + padding, T) validity, truncated."""
+  total = len(captions)
+  encoded = [
+    tokenizer.encode(text, config.model.text.max_length) for text in captions
+  ]
+  # Padding rows repeat row 0: a real text, so every row has a valid token.
+  padded = encoded + encoded[:1] * (-total % batch_size)
+  ids = np.stack([item.ids_T for item in padded])
+  valid = np.stack([item.valid_T for item in padded])
+  tokens, vectors = [], []
+  for start in range(0, total, batch_size):
+    rows = slice(start, start + batch_size)
+    x, vector = programs.encode_texts(
+      params, programs.place(ids[rows]), programs.place(valid[rows])
+    )
+    tokens.extend([x] if keep_tokens else [])
+    vectors.append(np.asarray(vector, np.float32))
+    tell("captions", min(start + batch_size, total), total)
+  num_truncated = sum(bool(item.truncated) for item in encoded)
+  return tokens, np.concatenate(vectors)[:total], valid, num_truncated
+
+
+def _check_head(config: config_lib.Config, name: str, why: str) -> None:
+  if getattr(config.objectives, name) == 0:
+    raise ValueError(
+      f"the model was trained with objectives.{name} = 0 and has no such "
+      f"head, but {why}"
+    )
+
+
+def _round_to_mesh(size: int, mesh: jax.sharding.Mesh | None) -> int:
+  if mesh is None:
+    return size
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  return -(-size // ways) * ways
+
+
+def rank(
+  params: Params,
+  encodings: Encodings,
+  *,
+  config: config_lib.Config,
+  protocol: Protocol,
+  pair_batch_size: int = 256,
+  mesh: jax.sharding.Mesh | None = None,
+  on_progress: OnProgress | None = None,
+) -> Rankings:
+  """Orders all captions for each image and all images for each caption.
+
+  Args:
+    encodings: made with `keep_tokens` unless `protocol.rerank` is "none".
+    pair_batch_size: pairs a call of the fusion layers.
+    mesh, on_progress: as for `encode`.
+  """
+  cosine_UZ = encodings.cosine_UZ
+  relevant_UZ = encodings.retrieval_set.relevant_UZ
+  if protocol.rerank == "none":
+    return Rankings(
+      i2t=_rank_by_score(cosine_UZ, relevant_UZ),
+      t2i=_rank_by_score(cosine_UZ.T, relevant_UZ.T),
+    )
+  _check_head(config, "itm", f"rerank={protocol.rerank} scores by it")
+  num_images, num_captions = cosine_UZ.shape
+  full = protocol.rerank == "full"
+  best_UJ = ranking.best_candidates(
+    cosine_UZ, relevant_UZ, count=num_captions if full else protocol.rerank_k
+  )
+  best_ZA = ranking.best_candidates(
+    cosine_UZ.T, relevant_UZ.T, count=num_images if full else protocol.rerank_k
+  )
+  # A pair is image * num_captions + caption; one asked for twice runs once.
+  asked_UJ = np.arange(num_images)[:, None] * num_captions + best_UJ
+  asked_ZA = best_ZA * num_captions + np.arange(num_captions)[:, None]
+  pairs = np.unique(np.concatenate([asked_UJ.ravel(), asked_ZA.ravel()]))
+  started = time.perf_counter()
+  fused, per_second = _score_pairs(
+    params,
+    encodings,
+    pairs,
+    programs=_make_programs(config, mesh),
+    batch_size=_round_to_mesh(min(pair_batch_size, len(pairs)), mesh),
+    tell=on_progress or (lambda *_: None),
+  )
+  seconds = time.perf_counter() - started
+  if protocol.rerank == "itm_plus_itc":
+    fused = fused + protocol.itc_weight * cosine_UZ.ravel()[pairs]
+  return Rankings(
+    i2t=_rank_by_fusion(
+      cosine_UZ, relevant_UZ, best_UJ, fused[np.searchsorted(pairs, asked_UJ)]
+    ),
+    t2i=_rank_by_fusion(
+      cosine_UZ.T,
+      relevant_UZ.T,
+      best_ZA,
+      fused[np.searchsorted(pairs, asked_ZA)],
+    ),
+    num_pairs=len(pairs),
+    seconds=seconds,
+    pairs_per_second=per_second,
+  )
+
+
+def _score_pairs(
+  params: Params,
+  encodings: Encodings,
+  pairs: np.ndarray,
+  *,
+  programs: _Programs,
+  batch_size: int,
+  tell: OnProgress,
+) -> tuple[np.ndarray, float | None]:
+  """ITM logit differences of all pairs, float32, and pairs a second."""
+  if encodings.image_tokens is None:
+    raise ValueError("re-ranking needs encodings made with keep_tokens=True")
+  image, caption = np.divmod(pairs, len(encodings.retrieval_set.captions))
+  # The last batch is filled with pair 0 and cut again.
+  fill = -len(pairs) % batch_size
+  image_row = np.pad(encodings.image_row_U[image], (0, fill), mode="edge")
+  text_row = np.pad(caption, (0, fill), mode="edge")
+  scores, started = [], None
+  for start in range(0, len(pairs), batch_size):
+    rows = slice(start, start + batch_size)
+    score = programs.match(
+      params,
+      encodings.text_tokens,
+      encodings.text_valid,
+      encodings.image_tokens,
+      programs.place(text_row[rows].astype(np.int32)),
+      programs.place(image_row[rows].astype(np.int32)),
+    )
+    scores.append(np.asarray(score, np.float32))
+    started = started or time.perf_counter()
+    tell("pairs", min(start + batch_size, len(pairs)), len(pairs))
+  timed = len(image_row) - batch_size
+  seconds = time.perf_counter() - started
+  per_second = timed / seconds if timed else None
+  return np.concatenate(scores)[: len(pairs)], per_second
+
+
+def _rank_by_score(score_QA: np.ndarray, relevant_QA: np.ndarray) -> Ranking:
+  top_QJ = ranking.best_candidates(score_QA, relevant_QA, count=SHOWN)
+  return Ranking(
+    rank_Q=ranking.ranks(score_QA, relevant_QA),
+    top_QJ=top_QJ,
+    top_score_QJ=np.take_along_axis(score_QA, top_QJ, axis=1),
+  )
+
+
+def _rank_by_fusion(
+  score_QA: np.ndarray,
+  relevant_QA: np.ndarray,
+  candidate_QJ: np.ndarray,
+  fused_QJ: np.ndarray,
+) -> Ranking:
+  fits_QJ = np.take_along_axis(relevant_QA, candidate_QJ, axis=1)
+  order_QJ = np.lexsort((fits_QJ, -fused_QJ), axis=-1)
+  shown_QJ = np.take_along_axis(candidate_QJ, order_QJ, axis=1)
+  shown_score_QJ = np.take_along_axis(fused_QJ, order_QJ, axis=1)
+  return Ranking(
+    rank_Q=ranking.reranked_ranks(
+      score_QA, relevant_QA, candidate_QJ, fused_QJ
+    ),
+    top_QJ=shown_QJ[:, :SHOWN],
+    top_score_QJ=shown_score_QJ[:, :SHOWN],
+  )
+
+
+def report(
+  encodings: Encodings, rankings: Rankings, *, protocol: Protocol
+) -> dict[str, Any]:
+  """What a result file says of one split: JSON-able.
+
+  Keys: split, num_images, num_captions, protocol, metrics (`i2t_r1` ..
+  `t2i_median_rank`, `r_mean`), chance (the same keys), timing,
+  num_truncated_captions, bad_records, num_bad_records.
+  """
+  found = encodings.retrieval_set
+  metrics, chance = {}, {}
+  for direction, fits in (
+    ("i2t", found.relevant_UZ),
+    ("t2i", found.relevant_UZ.T),
+  ):
+    values, expected = ranking.summary(
+      getattr(rankings, direction).rank_Q, fits.sum(1), fits.shape[1]
+    )
+    metrics |= {f"{direction}_{name}": v for name, v in values.items()}
+    chance |= {f"{direction}_{name}": v for name, v in expected.items()}
+  for table in (metrics, chance):
+    shares = [v for name, v in table.items() if "median" not in name]
+    table["r_mean"] = sum(shares) / len(shares)
+  timing: dict[str, Any] = {"encode_seconds": round(encodings.seconds, 3)}
+  if protocol.rerank != "none":
+    timing["rerank_seconds"] = round(rankings.seconds, 3)
+    timing["num_pairs"] = rankings.num_pairs
+    if rankings.pairs_per_second is not None:
+      timing["pairs_per_second"] = round(rankings.pairs_per_second, 1)
+  return {
+    "split": found.split,
+    "num_images": found.num_images,
+    "num_captions": found.num_captions,
+    "protocol": protocol.describe(),
+    "metrics": metrics,
+    "chance": chance,
+    "timing": timing,
+    "num_truncated_captions": encodings.num_truncated,
+    "num_bad_records": len(found.bad),
+    "bad_records": list(found.bad),
+  }
+
+
+def predictions(
+  encodings: Encodings, rankings: Rankings
+) -> dict[str, list[dict[str, Any]]]:
+  """The best candidates of every query, both directions: JSON-able.
+
+  A re-ranked query lists scored candidates only.
+  """
+  found = encodings.retrieval_set
+  names, texts = found.image_names, found.captions
+  return {
+    "i2t": _describe(rankings.i2t, names, texts, found.relevant_UZ),
+    "t2i": _describe(rankings.t2i, texts, names, found.relevant_UZ.T),
+  }
+
+
+def _describe(
+  found: Ranking,
+  queries: tuple[str, ...],
+  candidates: tuple[str, ...],
+  relevant_QA: np.ndarray,
+) -> list[dict[str, Any]]:
+  return [
+    {
+      "query": query,
+      "rank": int(found.rank_Q[q]),
+      "top": [
+        {
+          "id": candidates[a],
+          "score": round(float(score), 6),
+          "match": bool(relevant_QA[q, a]),
+        }
+        for a, score in zip(found.top_QJ[q], found.top_score_QJ[q], strict=True)
+      ],
+    }
+    for q, query in enumerate(queries)
+  ]
+
+
+def evaluate(
+  params: Params,
+  config: config_lib.Config,
+  tokenizer: tokenizers.Tokenizer,
+  data_dir: str,
+  split: str,
+  *,
+  protocol: Protocol = Protocol(),
+  batch_size: int = 64,
+  pair_batch_size: int = 256,
+  mesh: jax.sharding.Mesh | None = None,
+  on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+  """Reads, encodes and ranks one split by one protocol; see `report`."""
+  encodings = encode(
+    params,
+    retrieval_sets.read(data_dir, split, captions=protocol.captions),
+    config=config,
+    tokenizer=tokenizer,
+    batch_size=batch_size,
+    keep_tokens=protocol.rerank != "none",
+    mesh=mesh,
+    on_progress=on_progress,
+  )
+  rankings = rank(
+    params,
+    encodings,
+    config=config,
+    protocol=protocol,
+    pair_batch_size=pair_batch_size,
+    mesh=mesh,
+    on_progress=on_progress,
+  )
+  return report(encodings, rankings, protocol=protocol)
