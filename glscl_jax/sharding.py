@@ -1,0 +1,127 @@
+"""The mesh, and which axis of which parameter lies on which mesh axis.
+
+Mesh axes: `data` (batch), `fsdp` (batch and parameters), `tensor` (heads and
+mlp). Axes are Auto: XLA places what is not said here. With Explicit axes every
+einsum and gather of the models would have to name its output sharding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from glscl_jax.config import ConfigError, MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Path pattern -> spec of the trailing dimensions; a leading layer axis stays
+# whole. Each parameter matches exactly one rule, each rule is used.
+PARAM_RULES: tuple[tuple[str, P], ...] = (
+  (r".*attention/(query|key|value)/kernel", P("fsdp", "tensor")),
+  (r".*attention/(query|key|value)/bias", P("tensor")),
+  (r".*attention/out/kernel", P("tensor", "fsdp")),
+  (r".*mlp/fc1/kernel", P("fsdp", "tensor")),
+  (r".*mlp/fc1/bias", P("tensor")),
+  (r".*mlp/fc2/kernel", P("tensor", "fsdp")),
+  (r"(text/word_embedding|mlm_head/fc2/kernel)", P(None, "fsdp")),
+  (r"text/(position|type)_embedding", P(None, "fsdp")),
+  (r"vision/(patch_kernel|position_embedding)", P(None, "fsdp")),
+  (r"fusion/(text|image)_(transform|pooler)/kernel", P(None, "fsdp")),
+  (r"(mlm_head/fc1|.*_projection/fc[12])/kernel", P(None, "fsdp")),
+  (r"match_head/fc/kernel", P("fsdp", None)),
+  (r".*(norm\d?|ln_(pre|post))/(scale|bias)", P()),
+  (r".*(attention/out|mlp/fc2)/bias", P()),
+  (r".*(_transform|_pooler|_head/fc\d?|_projection/fc[12])/bias", P()),
+  (r"vision/(class_embedding|mask_token/value)", P()),
+  (r"(temperature|fusion/type_embedding)/value", P()),
+)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """A tree path as `vision/blocks/layers/mlp/fc1/kernel`."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def match_one(name: str, rules: tuple[tuple[str, Any], ...]) -> Any:
+  """The value of the only rule that matches all of `name`.
+
+  Raises:
+    ValueError: no rule or several rules match.
+  """
+  found = [(p, value) for p, value in rules if re.fullmatch(p, name)]
+  if len(found) != 1:
+    patterns = [pattern for pattern, _ in found]
+    raise ValueError(f"parameter {name} matches {len(found)} rules {patterns}")
+  return found[0][1]
+
+
+def map_with_name(function: Callable[[str, Any], Any], tree: Any) -> Any:
+  """Maps `function(name, leaf)` over a parameter tree."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: function(path_name(path), leaf), tree
+  )
+
+
+def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
+  """A mesh over all devices.
+
+  Raises:
+    ConfigError: the sizes do not multiply to the number of devices.
+  """
+  sizes = np.array([config.data, config.fsdp, config.tensor])
+  devices = jax.device_count()
+  known = int(np.prod(sizes[sizes != -1]))
+  if -1 in sizes and devices % known == 0:
+    sizes[sizes == -1] = devices // known
+  if int(np.prod(sizes)) != devices:
+    raise ConfigError(
+      f"config.mesh: data x fsdp x tensor = {tuple(map(int, sizes))} does not "
+      f"give the {devices} devices that are here; set one of them to -1"
+    )
+  return jax.make_mesh(
+    tuple(map(int, sizes)), AXES, axis_types=(AxisType.Auto,) * 3
+  )
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Leading axis over data and fsdp."""
+  return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, P())
+
+
+def param_spec(name: str, shape: tuple[int, ...], mesh) -> P:
+  """The rule's spec, padded for layer axes; sizes must divide to be split."""
+  spec = match_one(name, PARAM_RULES)
+  padded = (None,) * (len(shape) - len(spec)) + tuple(spec)
+  return P(
+    *(
+      axis if axis is not None and size % mesh.shape[axis] == 0 else None
+      for axis, size in zip(padded, shape, strict=True)
+    )
+  )
+
+
+def param_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
+  """A NamedSharding for each parameter (arrays or ShapeDtypeStructs)."""
+  return map_with_name(
+    lambda name, leaf: NamedSharding(mesh, param_spec(name, leaf.shape, mesh)),
+    params,
+  )
+
+
+def constrain_batch(x: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
+  """Keeps the leading axis of an activation on the batch axes."""
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))

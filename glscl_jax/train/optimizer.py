@@ -1,0 +1,139 @@
+"""AdamW with warm-up, per-part learning rates and decay (section 4.1.5).
+
+The same idiom as for sharding: a table of path patterns, each parameter
+matches exactly one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from glscl_jax import sharding
+from glscl_jax.config import OptimizerConfig
+
+LR_RULES: tuple[tuple[str, str], ...] = (
+  (r"fusion/(stack|last)/.*", "fusion"),
+  (r"fusion/(text|image)_(transform|pooler)/.*", "fusion"),
+  (r"(mlm|match)_head/.*", "head"),
+  (r"(vision|text)/.*", "encoder"),
+  (r"(text|image)_projection/.*", "encoder"),
+  (r"(temperature|fusion/type_embedding)/value", "encoder"),
+)
+
+# "accident": arrays that the published code decays because of their names.
+DECAY_RULES: tuple[tuple[str, str], ...] = (
+  (r".*/kernel", "decay"),
+  (r"vision/patch_kernel", "decay"),
+  (r"(text/(word|position|type)|vision/position)_embedding", "decay"),
+  (r"fusion/type_embedding/value", "decay"),
+  (r".*/bias", "none"),
+  (r"vision/(class_embedding|mask_token/value)", "accident"),
+  (r"temperature/value", "accident"),
+  (r"(vision/.*|(text|image)_projection/)norm\d?/scale", "accident"),
+  (r"vision/ln_(pre|post)/scale", "accident"),
+  (r"(text|fusion|mlm_head)/.*norm\d?/scale", "none"),
+)
+
+
+def lr_multiplier(name: str, config: OptimizerConfig) -> float:
+  """The factor on the learning rate of parameter `name`."""
+  return {
+    "encoder": 1.0,
+    "fusion": config.fusion_multiplier,
+    "head": config.head_multiplier,
+  }[sharding.match_one(name, LR_RULES)]
+
+
+def decays(name: str, config: OptimizerConfig) -> bool:
+  """Whether weight decay applies to parameter `name`."""
+  rule = sharding.match_one(name, DECAY_RULES)
+  return rule == "decay" or (rule == "accident" and config.decay_norms)
+
+
+def make_schedule(
+  config: OptimizerConfig, num_steps: int
+) -> Callable[[jax.Array], jax.Array]:
+  """Learning rate of step t (0-based): linear from 0, then to 0.
+
+  base * t / w for t < w, then base * (s - t) / (s - w), or its cosine.
+  """
+  warmup = round(config.warmup_fraction * num_steps)
+
+  def schedule(step: jax.Array) -> jax.Array:
+    step = jnp.asarray(step, jnp.float32)
+    rising = step / max(warmup, 1)
+    left = jnp.clip((num_steps - step) / max(num_steps - warmup, 1), 0.0, 1.0)
+    if config.schedule == "cosine":
+      left = 0.5 * (1.0 - jnp.cos(jnp.pi * left))
+    return config.learning_rate * jnp.where(step < warmup, rising, left)
+
+  return schedule
+
+
+class Moments(NamedTuple):
+  """AdamW's state: update count and running moments."""
+
+  count: jax.Array
+  mu: Any
+  nu: Any
+
+
+def adamw(
+  config: OptimizerConfig, schedule: Callable[[jax.Array], jax.Array]
+) -> optax.GradientTransformation:
+  """AdamW with per-parameter learning rate and decay.
+
+  standard: p - lr (m^ / (sqrt(v^) + eps) + wd p)
+  hf:       u = -lr sqrt(1-b2^t)/(1-b1^t) m / (sqrt(v) + eps), then
+            p' = (p + u)(1 - lr wd), as the published code's optimizer.
+  """
+  b1, b2 = config.beta1, config.beta2
+
+  def init(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return Moments(
+      jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros)
+    )
+
+  def update(grads, state, params):
+    count = state.count + 1
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+    t = count.astype(jnp.float32)
+    correct1, correct2 = 1 - b1**t, 1 - b2**t
+    base = schedule(state.count)
+
+    def one(name, param, m, v):
+      rate = base * lr_multiplier(name, config)
+      decay = config.weight_decay if decays(name, config) else 0.0
+      if config.variant == "hf":
+        scale = rate * jnp.sqrt(correct2) / correct1
+        step = -scale * m / (jnp.sqrt(v) + config.eps)
+        return step - rate * decay * (param + step)
+      unit = (m / correct1) / (jnp.sqrt(v / correct2) + config.eps)
+      return -rate * (unit + decay * param)
+
+    updates = jax.tree_util.tree_map_with_path(
+      lambda path, *leaves: one(sharding.path_name(path), *leaves),
+      params,
+      mu,
+      nu,
+    )
+    return updates, Moments(count, mu, nu)
+
+  return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(
+  config: OptimizerConfig, num_steps: int
+) -> optax.GradientTransformation:
+  """Optional clipping by the global norm, then AdamW."""
+  steps = [adamw(config, make_schedule(config, num_steps))]
+  if config.clip_norm is not None:
+    steps.insert(0, optax.clip_by_global_norm(config.clip_norm))
+  return optax.chain(*steps)

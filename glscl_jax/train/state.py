@@ -1,0 +1,93 @@
+"""The state of a run as one tree of arrays, created where it will live."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from glscl_jax import sharding
+from glscl_jax.config import Config
+from glscl_jax.systems import glscl
+from glscl_jax.train import optimizer
+from glscl_jax.types import Params
+
+SYSTEMS = {"glscl": glscl}
+
+
+STREAMS = ("params", "step")  # independent sources of randomness
+
+
+def stream_key(config: Config, stream: str) -> jax.Array:
+  """The key of one stream of a run."""
+  key = jax.random.key(config.train.seed)
+  return jax.random.fold_in(key, STREAMS.index(stream))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """Everything that changes during training, but for the data position."""
+
+  step: jax.Array  # optimizer steps done, also the index of the next one
+  params: Params  # float32
+  opt_state: Any
+  num_skipped: jax.Array  # steps without update, non-finite loss or gradient
+
+
+def create(config: Config) -> TrainState:
+  """A fresh state; pure, to be traced under jit or eval_shape."""
+  params = SYSTEMS[config.system].init(
+    config, stream_key(config, "params")
+  )
+  transform = optimizer.make_optimizer(
+    config.optimizer, config.train.num_steps
+  )
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=transform.init(params),
+    num_skipped=jnp.zeros((), jnp.int32),
+  )
+
+
+def state_shardings(
+  abstract: TrainState, mesh: jax.sharding.Mesh
+) -> TrainState:
+  """Shardings of a state: moments lie where their parameter lies."""
+  by_params = sharding.param_shardings(abstract.params, mesh)
+  structure = jax.tree.structure(abstract.params)
+  whole = sharding.replicated(mesh)
+
+  def is_params(tree: Any) -> bool:
+    return jax.tree.structure(tree) == structure
+
+  opt_state = jax.tree.map(
+    lambda tree: by_params if is_params(tree) else whole,
+    abstract.opt_state,
+    is_leaf=is_params,
+  )
+  return TrainState(
+    step=whole, params=by_params, opt_state=opt_state, num_skipped=whole
+  )
+
+
+def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+  """Shapes, types and shardings of the state, without making it."""
+  abstract = jax.eval_shape(functools.partial(create, config))
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where
+    ),
+    abstract,
+    state_shardings(abstract, mesh),
+  )
+
+
+def make_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+  """A fresh state, each array created on the devices that hold it."""
+  shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh))
+  return jax.jit(functools.partial(create, config), out_shardings=shardings)()

@@ -1,0 +1,94 @@
+"""One optimizer step, jitted over the mesh: loss, gradients, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from glscl_jax import sharding
+from glscl_jax.config import Config
+from glscl_jax.train import optimizer
+from glscl_jax.train.state import (
+  SYSTEMS,
+  TrainState,
+  abstract_state,
+  stream_key,
+)
+from glscl_jax.types import Batch
+
+Metrics = dict[str, jax.Array]
+StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def step_key(config: Config, step: jax.Array) -> jax.Array:
+  """The randomness of a step: dropout and in-batch negatives."""
+  return jax.random.fold_in(stream_key(config, "step"), step)
+
+
+def train_step(
+  state: TrainState, batch: Batch, *, config: Config
+) -> tuple[TrainState, Metrics]:
+  """The next state and the scalars of this step.
+
+  A non-finite loss or gradient norm leaves parameters and optimizer as they
+  are and is counted; the loop decides when to give up.
+  """
+  system = SYSTEMS[config.system]
+
+  def loss_fn(params):
+    output = system.loss(
+      params, batch, config=config, key=step_key(config, state.step)
+    )
+    return output.loss, output.metrics
+
+  grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+  grad_norm = optax.tree.norm(grads)
+  transform = optimizer.make_optimizer(
+    config.optimizer, config.train.num_steps
+  )
+  updates, opt_state = transform.update(grads, state.opt_state, state.params)
+  params = clamp_temperature(
+    optax.apply_updates(state.params, updates), config
+  )
+  finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+
+  def keep_if_finite(new, old):
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+  next_state = TrainState(
+    step=state.step + 1,
+    params=keep_if_finite(params, state.params),
+    opt_state=keep_if_finite(opt_state, state.opt_state),
+    num_skipped=state.num_skipped + (~finite).astype(jnp.int32),
+  )
+  schedule = optimizer.make_schedule(config.optimizer, config.train.num_steps)
+  return next_state, metrics | {
+    "grad_norm": grad_norm,
+    "param_norm": optax.tree.norm(next_state.params),
+    "update_norm": optax.tree.norm(updates),
+    "learning_rate": schedule(state.step),
+    "num_skipped": next_state.num_skipped,
+  }
+
+
+def clamp_temperature(params, config: Config):
+  """Projects the learned ITC divisor into its range (section 3.2)."""
+  limits = config.objectives.itc_temperature_range
+  if limits is None or "temperature" not in params:
+    return params
+  clipped = jnp.clip(params["temperature"]["value"], *limits)
+  return params | {"temperature": {"value": clipped}}
+
+
+def make_train_step(config: Config, mesh: jax.sharding.Mesh) -> StepFunction:
+  """`train_step` jitted with the state donated and kept where it lies."""
+  shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh))
+  return jax.jit(
+    lambda state, batch: train_step(state, batch, config=config),
+    in_shardings=(shardings, sharding.batch_sharding(mesh)),
+    out_shardings=(shardings, sharding.replicated(mesh)),
+    donate_argnums=0,
+  )
