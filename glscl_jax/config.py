@@ -192,7 +192,7 @@ class ObjectiveConfig:
     _check_not_negative(self, *OBJECTIVES)
     _check(
       any(getattr(self, name) > 0 for name in OBJECTIVES),
-      "objectives",
+      "*",
       "every weight is 0: nothing to train",
     )
     _check_positive(
@@ -205,6 +205,13 @@ class ObjectiveConfig:
     )
     if self.text_mgsc_group is not None:
       _check_positive(self, "text_mgsc_group")
+    if self.itc_temperature_range is not None:
+      low, high = self.itc_temperature_range
+      _check(
+        0 < low <= high,
+        "itc_temperature_range",
+        f"needs 0 < low <= high, is {low, high}",
+      )
     _check(
       self.itm_negatives != "hard" or self.itc > 0 or self.itm == 0,
       "itm_negatives",
@@ -310,9 +317,9 @@ class MeshConfig:
   def __post_init__(self):
     sizes = (self.data, self.fsdp, self.tensor)
     _check(
-      all(n == -1 or n > 0 for n in sizes), "mesh", "sizes are positive or -1"
+      all(n == -1 or n > 0 for n in sizes), "*", "sizes are positive or -1"
     )
-    _check(sizes.count(-1) <= 1, "mesh", "at most one axis may be -1")
+    _check(sizes.count(-1) <= 1, "*", "at most one axis may be -1")
 
 
 @dataclass(frozen=True, kw_only=True)

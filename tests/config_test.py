@@ -1,0 +1,407 @@
+import dataclasses
+import json
+import pathlib
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from glscl_jax import config
+
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPES = sorted(
+  path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__"
+)
+
+
+def changed(path, value):
+  """The default ConfigDict with the value at a dotted path replaced."""
+  tree = config.to_config_dict(config.Config())
+  *sections, name = path.split(".")
+  place = tree
+  for section in sections:
+    place = place[section]
+  place[name] = value
+  return tree
+
+
+def read(path, value):
+  return config.from_config_dict(changed(path, value))
+
+
+def error_of(path, value):
+  with pytest.raises(config.ConfigError) as caught:
+    read(path, value)
+  return str(caught.value)
+
+
+def parse(tmp_path, *overrides):
+  """What a launcher does with its command line."""
+  recipe = tmp_path / "recipe.py"
+  recipe.write_text(
+    "from glscl_jax import config\n"
+    "def get_config(arg=''):\n"
+    "  return config.to_config_dict(config.Config())\n"
+  )
+  values = flags.FlagValues()
+  arguments = ["train.py", f"--config={recipe}", *overrides]
+  holder = config_flags.DEFINE_config_file(
+    "config",
+    lock_config=True,
+    flag_values=values,
+    sys_argv=arguments,
+  )
+  values(arguments)
+  return config.from_config_dict(holder.value)
+
+
+def leaves(tree, path=""):
+  for item in dataclasses.fields(tree):
+    value = getattr(tree, item.name)
+    here = f"{path}{item.name}"
+    if dataclasses.is_dataclass(value):
+      yield from leaves(value, here + ".")
+    else:
+      yield here, value
+
+
+LEAVES = dict(leaves(config.Config()))
+
+
+# Round trips.
+
+
+def test_default_survives_a_config_dict():
+  default = config.Config()
+  assert config.from_config_dict(config.to_config_dict(default)) == default
+
+
+def test_default_survives_json():
+  default = config.Config()
+  assert config.from_json(config.to_json(default)) == default
+
+
+def test_changed_values_survive_json():
+  tree = changed("optimizer.clip_norm", 0.5)
+  tree.train.eval_splits = ("validation_seen", "validation_unseen")
+  tree.objectives.itc_temperature_range = None
+  made = config.from_config_dict(tree)
+  assert made.optimizer.clip_norm == 0.5
+  assert config.from_json(config.to_json(made)) == made
+
+
+def test_a_locked_config_dict_is_read():
+  tree = config.to_config_dict(config.Config()).lock()
+  assert config.from_config_dict(tree) == config.Config()
+
+
+def test_config_is_hashable_as_a_static_argument():
+  assert hash(config.Config()) == hash(config.Config())
+
+
+def test_config_is_frozen():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config.Config().train.num_steps = 3
+
+
+def test_fingerprint_changes_with_any_value():
+  same = config.sha256(config.Config())
+  assert same == config.sha256(config.Config())
+  assert same != config.sha256(read("train.seed", 1))
+
+
+def test_sections_that_are_left_out_keep_their_defaults():
+  made = config.from_config_dict({"train": {"num_steps": 3}})
+  assert made.train.num_steps == 3
+  assert made.model == config.ModelConfig()
+
+
+# Mistakes, each with its path.
+
+
+@pytest.mark.parametrize(
+  ("tree", "path", "near"),
+  [
+    ({"modle": {}}, "config.modle", "config.model"),
+    (
+      {"model": {"vision": {"widht": 64}}},
+      "config.model.vision.widht",
+      "config.model.vision.width",
+    ),
+    (
+      {"optimizer": {"learning_rat": 1.0}},
+      "config.optimizer.learning_rat",
+      "config.optimizer.learning_rate",
+    ),
+  ],
+)
+def test_an_unknown_key_names_the_nearest(tree, path, near):
+  with pytest.raises(config.ConfigError) as caught:
+    config.from_config_dict(tree)
+  assert str(caught.value) == f"{path}: unknown key; did you mean {near}?"
+
+
+def test_an_unknown_key_like_no_other_lists_what_there_is():
+  with pytest.raises(config.ConfigError, match="config.zzz: .*'model'"):
+    config.from_config_dict({"zzz": 1})
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "told"),
+  [
+    ("train.num_steps", True, "expected int, got bool True"),
+    ("train.num_steps", 10.0, "expected int, got float 10.0"),
+    ("train.num_steps", "10", "expected int, got str '10'"),
+    ("train.num_steps", None, "expected int, got NoneType None"),
+    ("model.scan", 1, "expected bool, got int 1"),
+    ("data.dir", 3, "expected str, got int 3"),
+    ("objectives.mlm", True, "expected float, got bool True"),
+    ("objectives.mlm", "1.0", "expected float, got str '1.0'"),
+    ("model.vision", 3, "expected a section, got 3"),
+    ("data.mean", 0.5, "expected a tuple, got 0.5"),
+    ("data.mean", (0.5, 0.5), "expected 3 values, got (0.5, 0.5)"),
+    ("data.mean", (0.5,) * 4, "expected 3 values, got (0.5, 0.5, 0.5, 0.5)"),
+    ("train.eval_splits", "validation", "expected a tuple, got 'validation'"),
+    ("optimizer.clip_norm", "1", "expected float, got str '1'"),
+    ("objectives.text_mgsc_group", 1.5, "expected int, got float 1.5"),
+  ],
+)
+def test_a_wrong_type_names_its_path(path, value, told):
+  with pytest.raises(config.ConfigError) as caught:
+    *sections, name = path.split(".")
+    tree = {name: value}
+    for section in reversed(sections):
+      tree = {section: tree}
+    config.from_config_dict(tree)
+  assert str(caught.value) == f"config.{path}: {told}"
+
+
+def test_a_wrong_item_of_a_tuple_names_its_index():
+  message = error_of("data.mean", (0.5, "x", 0.5))
+  assert message == "config.data.mean[1]: expected float, got str 'x'"
+  message = error_of("train.eval_splits", ("validation", 3))
+  assert message.startswith("config.train.eval_splits[1]: expected str")
+
+
+def test_an_unknown_choice_names_the_nearest():
+  message = error_of("masking.mlm_scheme", "80101")
+  assert message.startswith("config.masking.mlm_scheme: '80101' is not one of")
+  assert message.endswith("did you mean '801010'?")
+
+
+def test_int_widens_to_float():
+  weight = read("objectives.mlm", 2).objectives.mlm
+  assert (weight, type(weight)) == (2.0, float)
+  mean = read("data.mean", (0, 1, 0)).data.mean
+  assert mean == (0.0, 1.0, 0.0)
+  assert {type(value) for value in mean} == {float}
+
+
+def test_lists_become_tuples():
+  assert read("data.mean", [0.1, 0.2, 0.3]).data.mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+  "path",
+  ["optimizer.clip_norm", "objectives.text_mgsc_group"],
+)
+def test_optional_values_take_none_and_a_value(path):
+  assert dict(leaves(read(path, None)))[path] is None
+  assert dict(leaves(read(path, 4)))[path] == 4
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "told"),
+  [
+    ("masking.mlm_rate", -0.1, "must be in [0, 1), is -0.1"),
+    ("masking.image_drop_ratio", 1.0, "must be in [0, 1), is 1.0"),
+    ("masking.image_token_ratio", -1.0, "must be in [0, 1), is -1.0"),
+    ("masking.completion_text_rate", 1.5, "must be in [0, 1), is 1.5"),
+    ("model.text.dropout", -0.5, "must be in [0, 1), is -0.5"),
+    ("model.fusion.dropout", 1.0, "must be in [0, 1), is 1.0"),
+    ("optimizer.warmup_fraction", 1.0, "must be in [0, 1), is 1.0"),
+    ("optimizer.beta2", 1.0, "must be in [0, 1), is 1.0"),
+    ("optimizer.learning_rate", 0.0, "must be positive, is 0.0"),
+    ("optimizer.weight_decay", -1.0, "must not be negative, is -1.0"),
+    ("optimizer.clip_norm", 0.0, "must be positive, is 0.0"),
+    ("objectives.itc", -1.0, "must not be negative, is -1.0"),
+    ("objectives.completion_temperature", 0.0, "must be positive, is 0.0"),
+    ("objectives.text_mgsc_group", 0, "must be positive, is 0"),
+    ("objectives.neg_group", 0, "must be positive, is 0"),
+    ("objectives.itc_temperature_range", (0.5, 0.1), "0 < low <= high"),
+    ("objectives.itc_temperature_range", (0.0, 0.1), "0 < low <= high"),
+    ("data.batch_size", 0, "must be positive, is 0"),
+    ("data.num_workers", -1, "must not be negative, is -1"),
+    ("data.max_bad_share", 1.5, "must be in [0, 1]"),
+    ("data.std", (1.0, 0.0, 1.0), "must be positive"),
+    ("data.augment.crop_scale", (0.9, 0.8), "needs 0 < low <= high"),
+    ("data.augment.crop_scale", (0.5, 1.5), "must not exceed 1"),
+    ("data.augment.randaugment_magnitude", 31.0, "at most 30"),
+    ("model.init_std", 0.0, "must be positive, is 0.0"),
+    ("model.vision.width", 100, "not a multiple of 64"),
+    ("model.text.width", 100, "not a multiple of 64"),
+    ("model.fusion.width", 100, "not a multiple of 64"),
+    ("model.vision.depth", 0, "must be positive, is 0"),
+    ("model.text.max_length", 2, "needs room for 3 tokens"),
+    ("train.num_steps", 0, "must be positive, is 0"),
+    ("train.keep_last", 0, "must be positive, is 0"),
+    ("train.seed", -1, "must not be negative, is -1"),
+  ],
+)
+def test_a_value_out_of_range_names_its_path(path, value, told):
+  message = error_of(path, value)
+  assert message.startswith(f"config.{path}: ")
+  assert told in message
+
+
+# Values that contradict each other.
+
+
+def test_the_patch_size_must_divide_the_image():
+  message = error_of("model.vision.patch_size", 15)
+  assert message == (
+    "config.model.vision.patch_size: 15 does not divide image_size 288"
+  )
+
+
+def test_text_needs_a_position_for_every_token():
+  message = error_of("model.text.max_length", 513)
+  assert message.startswith("config.model.text.num_positions: ")
+  assert read("model.text.max_length", 512).model.text.max_length == 512
+
+
+def test_some_objective_must_count():
+  tree = config.to_config_dict(config.Config())
+  for name in config.OBJECTIVES:
+    tree.objectives[name] = 0.0
+  with pytest.raises(
+    config.ConfigError, match=r"config\.objectives\.\*: every"
+  ):
+    config.from_config_dict(tree)
+
+
+@pytest.mark.parametrize(
+  "name", ["neg_group", "mltc_image_group", "mltc_text_group"]
+)
+def test_groups_must_divide_the_batch(name):
+  message = error_of(f"objectives.{name}", 24)
+  assert message == (
+    f"config.objectives.{name}: 24 does not divide data.batch_size 4096"
+  )
+
+
+def test_a_batch_smaller_than_a_group_is_one_group():
+  assert read("data.batch_size", 8).data.batch_size == 8
+
+
+def test_a_test_split_must_not_pick_the_checkpoint():
+  message = error_of("train.eval_splits", ("validation", "test_seen"))
+  assert message.startswith("config.train.eval_splits: ")
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (-2, 1, 1), (-1, -1, 1)])
+def test_a_mesh_has_at_most_one_open_axis(sizes):
+  tree = config.to_config_dict(config.Config())
+  tree.mesh.data, tree.mesh.fsdp, tree.mesh.tensor = sizes
+  with pytest.raises(config.ConfigError, match=r"config\.mesh\.\*: "):
+    config.from_config_dict(tree)
+
+
+# The command line.
+
+
+def test_every_value_can_be_changed_on_the_command_line(tmp_path):
+  other = {
+    int: lambda value: value,
+    bool: lambda value: not value,
+    float: lambda value: value,
+    str: lambda value: value,
+    tuple: lambda value: value,
+    type(None): lambda value: 4,
+  }
+  overrides = [
+    f"--config.{path}={other[type(value)](value)}"
+    for path, value in LEAVES.items()
+  ]
+  made = dict(leaves(parse(tmp_path, *overrides)))
+  for path, value in LEAVES.items():
+    assert made[path] == other[type(value)](value), path
+
+
+@pytest.mark.parametrize(
+  ("override", "path", "value"),
+  [
+    ("--config.train.num_steps=7", "train.num_steps", 7),
+    ("--config.optimizer.eps=1e-6", "optimizer.eps", 1e-6),
+    ("--config.objectives.mlm=2", "objectives.mlm", 2.0),
+    ("--config.model.scan=false", "model.scan", False),
+    ("--config.data.mean=(0,0,0)", "data.mean", (0.0, 0.0, 0.0)),
+    ("--config.optimizer.clip_norm=1", "optimizer.clip_norm", 1.0),
+    ("--config.objectives.text_mgsc_group=8", "objectives.text_mgsc_group", 8),
+    (
+      "--config.objectives.itc_temperature_range=None",
+      "objectives.itc_temperature_range",
+      None,
+    ),
+    (
+      "--config.train.eval_splits=('a','b')",
+      "train.eval_splits",
+      ("a", "b"),
+    ),
+    (
+      "--config.train.eval_splits=validation",
+      "train.eval_splits",
+      ("validation",),
+    ),
+  ],
+)
+def test_an_override_arrives(tmp_path, override, path, value):
+  assert dict(leaves(parse(tmp_path, override)))[path] == value
+
+
+def test_a_mistyped_override_names_the_nearest_key(tmp_path):
+  with pytest.raises(AttributeError, match='Did you mean "num_steps"'):
+    parse(tmp_path, "--config.train.num_step=7")
+
+
+@pytest.mark.parametrize("value", ["2.5", "many", "True", "None"])
+def test_an_override_of_the_wrong_type_names_the_flag(tmp_path, value):
+  with pytest.raises(flags.IllegalFlagValueError, match="train.num_steps"):
+    parse(tmp_path, f"--config.train.num_steps={value}")
+
+
+def test_an_override_out_of_range_names_its_path(tmp_path):
+  with pytest.raises(config.ConfigError, match="config.masking.mlm_rate: "):
+    parse(tmp_path, "--config.masking.mlm_rate=-0.5")
+
+
+# The recipes.
+
+
+def load(path):
+  values = flags.FlagValues()
+  arguments = ["train.py", f"--config={path}"]
+  holder = config_flags.DEFINE_config_file(
+    "config", lock_config=True, flag_values=values, sys_argv=arguments
+  )
+  values(arguments)
+  return holder.value
+
+
+def test_there_are_recipes():
+  assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_what_its_golden_file_says(path, check_golden):
+  made = config.from_config_dict(load(path))
+  check_golden(f"config/{path.stem}.json", config.to_json(made) + "\n")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_names_every_value(path):
+  """A recipe starts from the defaults, so every value can be overridden."""
+  tree = load(path)
+  assert json.loads(tree.to_json()).keys() == {
+    item.name for item in dataclasses.fields(config.Config)
+  }
