@@ -125,12 +125,13 @@ class RowMaker:
   def _read(
     self, epoch: int, pair: int, stream: str, bad: list[tuple[int, int]]
   ) -> tuple[sources.Example, str, np.ndarray]:
-    """The pair, or the first usable one of a chain drawn from its own key."""
-    rng = masking.sample_rng(
-      self.config.data.seed, epoch, pair, f"replace {stream}"
-    )
+    """The pair, or the first usable one of those drawn from its own key."""
+    seed, first = self.config.data.seed, pair
     tried = []
-    for _ in range(MAX_TRIES):
+    for attempt in range(MAX_TRIES):
+      if attempt:
+        rng = masking.sample_rng(seed, epoch, first, f"{stream} {attempt}")
+        pair = int(rng.integers(len(self.pairs)))
       example, caption = self.pairs[pair]
       if not caption.strip():
         tried.append((pair, NO_TEXT))
@@ -142,7 +143,6 @@ class RowMaker:
         else:
           bad.extend(tried)
           return example, caption, image_YXC
-      pair = int(rng.integers(len(self.pairs)))
     names = "; ".join(
       f"{self.pairs[p][0].id}: {REASONS[reason]}" for p, reason in tried
     )

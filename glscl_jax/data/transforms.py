@@ -70,7 +70,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 def resize(image_YXC: np.ndarray, *, size: int) -> np.ndarray:
   """Bicubic, antialiased, to (size, size), not keeping the aspect ratio."""
-  image = Image.fromarray(image_YXC)
+  image = Image.fromarray(np.ascontiguousarray(image_YXC))
   return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
@@ -103,11 +103,10 @@ def augment(
     ratio=config.crop_ratio,
   )
   crop_LMC = image_YXC[top : top + height, left : left + width]
-  view_YXC = resize(crop_LMC, size=size)
   # The coin is drawn in every mode, so that modes share all other draws.
   if rng.random() < 0.5 and may_flip(caption, mode=config.hflip):
-    return np.ascontiguousarray(view_YXC[:, ::-1])
-  return view_YXC
+    crop_LMC = crop_LMC[:, ::-1]
+  return resize(crop_LMC, size=size)
 
 
 def may_flip(caption: str, *, mode: str) -> bool:

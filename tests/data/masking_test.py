@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from glscl_jax.data import masking
+
+MASK = 999
+PLAIN = np.arange(4, 999, dtype=np.int32)
+START, PAD, END = 0, 1, 2
+
+
+def make_text(num_real: int, *, length: int = 50):
+  """Ids 100, 101, .. between the specials, then pads."""
+  ids_T = np.full(length, PAD, np.int32)
+  ids_T[: num_real + 2] = [START, *range(100, 100 + num_real), END]
+  real_T = np.zeros(length, bool)
+  real_T[1 : num_real + 1] = True
+  return ids_T, real_T
+
+
+def mask_mlm(ids_T, real_T, *, seed=0, rate=0.15, **options):
+  return masking.mask_tokens(
+    np.random.default_rng(seed),
+    ids_T,
+    real_T,
+    rate=rate,
+    mask_id=MASK,
+    plain_ids_V=PLAIN,
+    **options,
+  )
+
+
+def mask_scl(ids_T, real_T, *, seed=0, **options):
+  return masking.mask_completion(
+    np.random.default_rng(seed),
+    ids_T,
+    real_T,
+    rate=0.4,
+    mask_id=MASK,
+    **options,
+  )
+
+
+@pytest.mark.parametrize(
+  ("num_patches", "kept"),
+  [(16, 3), (196, 39), (324, 64), (576, 115), (100, 20), (400, 80)],
+)
+def test_patch_drop_keeps_the_listed_count(num_patches, kept):
+  keep = masking.drop_patches(
+    np.random.default_rng(0), num_patches, drop_ratio=0.8
+  )
+  assert len(set(keep.tolist())) == len(keep) == kept
+  assert keep.min() >= 0 and keep.max() < num_patches
+  assert keep.dtype == np.int32
+
+
+def test_drop_ratio_zero_keeps_every_patch():
+  keep = masking.drop_patches(np.random.default_rng(0), 16, drop_ratio=0.0)
+  assert sorted(keep.tolist()) == list(range(16))
+
+
+def test_patch_drop_keeps_the_smallest_noise_in_noise_order():
+  keep = masking.drop_patches(np.random.default_rng(3), 16, drop_ratio=0.5)
+  noise = np.random.default_rng(3).random(16)
+  assert np.array_equal(keep, np.argsort(noise)[:8])
+
+
+@pytest.mark.parametrize(
+  ("num_patches", "hidden"), [(16, 4), (196, 58), (324, 97), (576, 172)]
+)
+def test_patch_token_hides_the_listed_count(num_patches, hidden):
+  index = masking.token_patches(
+    np.random.default_rng(0), num_patches, ratio=0.3
+  )
+  assert len(set(index.tolist())) == len(index) == hidden
+  assert index.min() >= 0 and index.max() < num_patches
+
+
+def test_every_patch_is_hidden_equally_often():
+  rng = np.random.default_rng(0)
+  count = np.zeros(16)
+  for _ in range(2000):
+    count[masking.token_patches(rng, 16, ratio=0.3)] += 1
+  # 500 expected; the standard deviation is 19.
+  assert np.all(abs(count - 500) < 90)
+
+
+@pytest.mark.parametrize(
+  ("num_real", "low", "high"),
+  [(5, 1, 2), (8, 1, 2), (10, 2, 3), (20, 3, 6), (30, 5, 9), (48, 7, 14)],
+)
+def test_mlm_labels_the_listed_count(num_real, low, high):
+  text = make_text(num_real)
+  assert mask_mlm(*text).ok_J.sum() == low
+  assert mask_mlm(*text, rate=0.3).ok_J.sum() == high
+
+
+def test_mlm_slots_are_those_of_a_full_text():
+  assert masking.mlm_slots(50, rate=0.15) == 7
+  assert masking.mlm_slots(50, rate=0.3) == 14
+  assert masking.mlm_slots(3, rate=0.15) == 1
+
+
+@pytest.mark.parametrize(
+  ("num_real", "masked"),
+  [
+    (1, 1),
+    (2, 1),
+    (3, 1),
+    (5, 2),
+    (8, 3),
+    (10, 4),
+    (20, 8),
+    (30, 12),
+    (48, 19),
+  ],
+)
+def test_completion_masks_the_listed_count(num_real, masked):
+  ids_T, real_T = make_text(num_real)
+  found = mask_scl(ids_T, real_T)
+  assert found.ok_J.sum() == masked == (found.ids_T == MASK).sum()
+  assert len(found.ok_J) == masking.completion_slots(50, rate=0.4) == 19
+
+
+@pytest.mark.parametrize("num_real", [0, 1, 2, 7, 48])
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"mask": mask_mlm},
+    {"mask": mask_mlm, "scheme": "all"},
+    {"mask": mask_mlm, "padded_draw": True},
+    {"mask": mask_mlm, "word_T": np.arange(50) // 3},
+    {"mask": mask_scl},
+    {"mask": mask_scl, "with_replacement": True},
+  ],
+)
+def test_only_real_tokens_are_masked_and_labels_are_the_originals(
+  num_real, options
+):
+  options = dict(options)
+  mask = options.pop("mask")
+  ids_T, real_T = make_text(num_real)
+  for seed in range(30):
+    found = mask(ids_T, real_T, seed=seed, **options)
+    chosen = found.pos_J[found.ok_J]
+    assert len(set(chosen.tolist())) == len(chosen)
+    assert real_T[chosen].all()
+    assert np.array_equal(found.labels_J[found.ok_J], ids_T[chosen])
+    assert not found.pos_J[~found.ok_J].any()
+    assert not found.labels_J[~found.ok_J].any()
+    untouched = np.ones(50, bool)
+    untouched[chosen] = False
+    assert np.array_equal(found.ids_T[untouched], ids_T[untouched])
+  assert ids_T[0] == START and MASK not in ids_T  # the input is not changed
+
+
+@pytest.mark.parametrize("num_real", [0, 1, 2])
+def test_very_short_texts_mask_one_token_or_none(num_real):
+  text = make_text(num_real)
+  assert mask_mlm(*text).ok_J.sum() == min(num_real, 1)
+  assert mask_scl(*text).ok_J.sum() == min(num_real, 1)
+
+
+@pytest.mark.parametrize("mask", [mask_mlm, mask_scl])
+@pytest.mark.parametrize("num_real", [1, 9, 41])
+def test_longer_padding_leaves_the_mask_alone(mask, num_real):
+  short, long = (
+    mask(*make_text(num_real, length=length), seed=5) for length in (50, 57)
+  )
+  assert np.array_equal(short.pos_J[short.ok_J], long.pos_J[long.ok_J])
+  assert np.array_equal(short.ids_T, long.ids_T[:50])
+
+
+def test_scheme_801010_has_these_shares():
+  ids_T, real_T = make_text(48)
+  counts = dict.fromkeys(("mask", "same", "random"), 0)
+  for seed in range(600):
+    found = mask_mlm(ids_T, real_T, seed=seed, rate=0.3)
+    written = found.ids_T[found.pos_J]
+    counts["mask"] += (written == MASK).sum()
+    counts["same"] += (written == found.labels_J).sum()
+    counts["random"] += ((written != MASK) & (written != found.labels_J)).sum()
+  total = 600 * 14  # standard deviation of a share: at most .0044
+  assert counts["mask"] / total == pytest.approx(0.8, abs=0.02)
+  assert counts["same"] / total == pytest.approx(0.1, abs=0.015)
+  assert counts["random"] / total == pytest.approx(0.1, abs=0.015)
+
+
+def test_random_replacements_are_plain_ids_only():
+  ids_T, real_T = make_text(48)
+  plain = np.array([500, 501], np.int32)
+  written = set()
+  for seed in range(200):
+    found = masking.mask_tokens(
+      np.random.default_rng(seed),
+      ids_T,
+      real_T,
+      rate=0.15,
+      mask_id=MASK,
+      plain_ids_V=plain,
+    )
+    changed = found.ids_T != ids_T
+    written |= set(found.ids_T[changed].tolist())
+  assert written == {MASK, 500, 501}
+
+
+def test_whole_words_are_masked_whole_up_to_the_count():
+  ids_T, real_T = make_text(30)
+  word_T = np.where(real_T, (np.arange(50) - 1) // 3, -1)
+  for seed in range(50):
+    found = mask_mlm(ids_T, real_T, seed=seed, word_T=word_T, scheme="all")
+    chosen = set(found.pos_J[found.ok_J].tolist())
+    words = {int(word_T[p]) for p in chosen}
+    assert chosen == {p for p in range(50) if int(word_T[p]) in words}
+    # 5 tokens are asked for; two words of three cover them.
+    assert len(words) == 2
+
+
+def test_one_word_that_fills_the_text_fits_the_slots():
+  ids_T, real_T = make_text(48)
+  found = mask_mlm(ids_T, real_T, word_T=np.where(real_T, 0, -1))
+  assert found.ok_J.sum() == len(found.ok_J) == 48
+
+
+def test_the_published_draw_over_padding_often_finds_nothing():
+  empty = {}
+  for num_real in (6, 10, 20):
+    ids_T, real_T = make_text(num_real)
+    empty[num_real] = np.mean(
+      [
+        not mask_mlm(ids_T, real_T, seed=s, padded_draw=True).ok_J.any()
+        for s in range(1500)
+      ]
+    )
+  # 33%, 14% and 1% by the hypergeometric distribution; deviation .012.
+  assert empty[6] == pytest.approx(0.33, abs=0.04)
+  assert empty[10] == pytest.approx(0.14, abs=0.03)
+  assert empty[20] == pytest.approx(0.012, abs=0.01)
+  assert masking.mlm_slots(50, rate=0.15, padded_draw=True) == 8
+
+
+def test_the_published_draw_with_replacement_masks_less():
+  ids_T, real_T = make_text(10)
+  shares = [
+    mask_scl(ids_T, real_T, seed=s, with_replacement=True).ok_J.mean() * 20
+    for s in range(1500)
+  ]
+  # 5 draws of 10: 10 (1 - .9 ** 5) = 4.095 distinct ones.
+  assert np.mean(shares) == pytest.approx(4.095, abs=0.08)
+  assert max(shares) == 5
+
+
+def test_streams_of_a_sample_differ_and_repeat():
+  def draw(*key):
+    return masking.sample_rng(*key).integers(2**62)
+
+  keys = [
+    (0, 0, 0, "mlm"),
+    (0, 0, 0, "drop"),
+    (0, 0, 1, "mlm"),
+    (0, 1, 0, "mlm"),
+    (1, 0, 0, "mlm"),
+  ]
+  assert len({draw(*key) for key in keys}) == len(keys)
+  assert draw(3, 2, 1, "mlm") == draw(3, 2, 1, "mlm")
+
+
+def test_masks_do_not_depend_on_the_hash_seed():
+  program = (
+    "from glscl_jax.data import masking;"
+    "print(masking.sample_rng(0, 1, 2, 'mlm').integers(2**62))"
+  )
+  outputs = {
+    subprocess.run(
+      [sys.executable, "-c", program],
+      env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout
+    for seed in ("1", "2")
+  }
+  assert outputs == {f"{masking.sample_rng(0, 1, 2, 'mlm').integers(2**62)}\n"}
