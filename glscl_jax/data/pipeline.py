@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -36,7 +36,6 @@ MIN_ROWS = 1000  # rows read before the share of bad ones is judged
 NO_TEXT, NO_IMAGE = 1, 2  # why a record was replaced
 REASONS = {NO_TEXT: "empty caption", NO_IMAGE: "unreadable image"}
 
-_BATCH_FIELDS = tuple(f.name for f in dataclasses.fields(types.Batch))
 _BAD_PAIR, _BAD_REASON, _TRUNCATED = "bad_pair", "bad_reason", "truncated"
 
 
@@ -463,6 +462,40 @@ def check_batch(
         f"config.data.batch_size {batch_size} is not divisible by the"
         f" {number} {name}"
       )
+
+
+def process_block(
+  mesh: jax.sharding.Mesh, *, batch_size: int
+) -> tuple[int, int]:
+  """Which block of a batch's rows this process holds, and of how many.
+
+  What `make_train_iterator` takes as process_index and process_count. It
+  differs from jax's numbers where the tensor axis spans processes: those hold
+  the same rows.
+
+  Raises:
+    ConfigError: the mesh gives this process rows that are not one block.
+  """
+  sharding = jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
+  slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+  spans = [rows.indices(batch_size)[:2] for (rows,) in slices]
+  return _block(spans, batch_size)
+
+
+def _block(
+  spans: Sequence[tuple[int, int]], batch_size: int
+) -> tuple[int, int]:
+  spans = sorted(set(spans))
+  start, stop = spans[0][0], spans[-1][1]
+  size = stop - start
+  held = sum(last - first for first, last in spans)
+  if held != size or start % size or batch_size % size:
+    raise config_lib.ConfigError(
+      f"config.mesh: this process would hold rows {spans} of a batch of"
+      f" {batch_size}, which is not one block of equal blocks: order the"
+      " mesh's devices by process"
+    )
+  return start // size, batch_size // size
 
 
 def example_batch(

@@ -561,6 +561,29 @@ def test_rows_become_global_arrays_split_over_data_and_fsdp(config, tokenizer):
   assert batch.itm_labels_B is None
 
 
+def test_one_process_holds_the_whole_batch():
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+  assert pipeline.process_block(mesh, batch_size=16) == (0, 1)
+
+
+@pytest.mark.parametrize(
+  ("spans", "block"),
+  [
+    ([(0, 4), (4, 8)], (0, 2)),
+    ([(12, 16), (8, 12)], (1, 2)),
+    ([(8, 12), (8, 12)], (2, 4)),  # the same rows on two devices
+  ],
+)
+def test_a_process_holds_one_block_of_the_batch(spans, block):
+  assert pipeline._block(spans, 16) == block
+
+
+@pytest.mark.parametrize("spans", [[(0, 4), (8, 12)], [(4, 8), (8, 12)]])
+def test_rows_that_are_not_one_block_are_refused(spans):
+  with pytest.raises(config_lib.ConfigError, match="not one block"):
+    pipeline._block(spans, 16)
+
+
 def test_the_example_batch_is_the_first_of_the_run(config, tokenizer):
   config = change(config, "data", num_workers=1)
   example = pipeline.example_batch(config, tokenizer)
