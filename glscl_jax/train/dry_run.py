@@ -1,0 +1,199 @@
+"""What a run would be, without training: `launch/train.py --dry_run`.
+
+Does everything that a start does before its first step and touches no file,
+so it succeeds only where a start would get as far.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from glscl_jax import config as config_lib
+from glscl_jax.data import pipeline
+from glscl_jax.models import flops
+from glscl_jax.train import checkpoint, loop, metrics
+from glscl_jax.train import state as state_lib
+from glscl_jax.train import step as step_lib
+from glscl_jax.types import Batch
+
+MIB = 2**20
+
+
+def dry_run(
+  config: config_lib.Config,
+  workdir: str | os.PathLike[str],
+  *,
+  compile_step: bool = False,
+  read_params: loop.ReadParams = loop.read_work_dir,
+  say: Callable[[str], None] = print,
+) -> None:
+  """Prints configuration, parameters, FLOPs, memory and the first batch.
+
+  Args:
+    config: the run's.
+    workdir: where it would go; checked, not made.
+    compile_step: compile as well, for the compiler's own memory figures.
+    read_params: reads what `train.init_from` names.
+    say: called with each part of the text.
+
+  Raises:
+    What `loop.train` raises before its first step.
+  """
+  say(config_lib.to_json(config))
+  inputs = loop.open_inputs(config)
+  try:
+    _check_workdir(config, pathlib.Path(workdir).absolute(), inputs)
+    abstract = state_lib.abstract_state(config, inputs.mesh)
+    say(format_params(abstract.params))
+    _try_init_from(config, workdir, abstract, read_params, say)
+    per_sample = flops.flops_per_sample(config)
+    say(
+      f"model FLOPs a sample, forward and backward: {per_sample / 1e9:.3f} G; "
+      f"a step of {config.data.batch_size}: "
+      f"{per_sample * config.data.batch_size / 1e12:.4f} T"
+    )
+    local = next(inputs.iterator)
+  finally:
+    inputs.iterator.close()
+  batch = pipeline.global_batch(local, inputs.mesh)
+  say(format_batch(batch))
+  lowered = step_lib.make_train_step(config, inputs.mesh).lower(abstract, batch)
+  say(format_memory(config, abstract, batch, inputs.mesh))
+  if compile_step:
+    say(_format_compiled(lowered.compile()))
+  say("dry run: a start would reach its first step")
+
+
+def format_params(params: Any) -> str:
+  """A table of path, shape, number and spec of each parameter, and a total."""
+  rows = [
+    (name, str(leaf.shape), f"{leaf.size:,}", str(leaf.sharding.spec))
+    for name, leaf in checkpoint.flatten(params).items()
+  ]
+  total = sum(leaf.size for leaf in jax.tree.leaves(params))
+  rows = [("parameter", "shape", "number", "spec"), *rows]
+  rows.append(("total", "", f"{total:,}", ""))
+  widths = [max(len(row[i]) for row in rows) for i in range(3)]
+  return "\n".join(
+    f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {count:>{widths[2]}}  {spec}".rstrip()
+    for name, shape, count, spec in rows
+  )
+
+
+def format_batch(batch: Batch) -> str:
+  """Name, type and global shape of each array of a batch."""
+  lines = [
+    f"  {name:<18}{leaf.dtype!s:<8}{leaf.shape}"
+    for name, leaf in vars(batch).items()
+    if leaf is not None
+  ]
+  return "\n".join(["first batch:", *lines])
+
+
+def format_memory(
+  config: config_lib.Config,
+  abstract: state_lib.TrainState,
+  batch: Batch,
+  mesh: jax.sharding.Mesh,
+) -> str:
+  """What one device holds: state exactly, activations by jax's own trace."""
+  params = _device_bytes(abstract.params)
+  parts: Mapping[str, float] = {
+    "parameters": params,
+    "gradients": params,
+    "optimizer state": _device_bytes(abstract.opt_state),
+    "activations kept for the backward pass, estimated": (
+      _residual_bytes(config, abstract, batch)
+      / (mesh.shape["data"] * mesh.shape["fsdp"])
+    ),
+  }
+  lines = [f"  {size / MIB:10.1f} MiB {name}" for name, size in parts.items()]
+  return "\n".join(
+    [
+      f"memory a device, of {mesh.size}:",
+      *lines,
+      f"  {sum(parts.values()) / MIB:10.1f} MiB in all (activations: what "
+      "jax.vjp saves; the compiler's temporaries come on top: --compile)",
+    ]
+  )
+
+
+def _device_bytes(tree: Any) -> int:
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def _residual_bytes(
+  config: config_lib.Config, abstract: state_lib.TrainState, batch: Batch
+) -> int:
+  """Bytes of what the forward pass leaves for the backward pass."""
+  system = state_lib.SYSTEMS[config.system]
+
+  def pull_back(params, batch):
+    def loss(params):
+      key = step_lib.step_key(config, 0)
+      return system.loss(params, batch, config=config, key=key).loss
+
+    return jax.vjp(loss, params)[1]
+
+  saved = jax.tree.leaves(jax.eval_shape(pull_back, abstract.params, batch))
+  known = [(x.shape, x.dtype) for x in jax.tree.leaves(abstract.params)]
+  total = 0
+  for leaf in saved:
+    if (leaf.shape, leaf.dtype) in known:  # a parameter, counted already
+      known.remove((leaf.shape, leaf.dtype))
+    elif not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      total += leaf.size * leaf.dtype.itemsize
+  return total
+
+
+def _format_compiled(compiled: jax.stages.Compiled) -> str:
+  analysis = compiled.memory_analysis()
+  if analysis is None:
+    return "compiled; this backend gives no memory figures"
+  return (
+    "compiled, a device: "
+    f"{analysis.argument_size_in_bytes / MIB:.1f} MiB state and batch, "
+    f"{analysis.temp_size_in_bytes / MIB:.1f} MiB temporary"
+  )
+
+
+def _check_workdir(
+  config: config_lib.Config, workdir: pathlib.Path, inputs: loop.Inputs
+) -> None:
+  checkpoint.check_same_run(
+    workdir,
+    checkpoint.make_meta(
+      config,
+      tokenizer_sha256=inputs.tokenizer.sha256,
+      lineage=inputs.data_facts,
+    ),
+  )
+  existing = next(p for p in (workdir, *workdir.parents) if p.exists())
+  if not existing.is_dir() or not os.access(existing, os.W_OK):
+    raise checkpoint.CheckpointError(
+      f"--workdir={workdir}: {existing} is not a folder that can be written"
+    )
+  metrics.check_wandb(config)
+
+
+def _try_init_from(
+  config: config_lib.Config,
+  workdir: str | os.PathLike[str],
+  abstract: state_lib.TrainState,
+  read_params: loop.ReadParams,
+  say: Callable[[str], None],
+) -> None:
+  if config.train.init_from and not checkpoint.list_steps(workdir):
+    loaded, _ = read_params(config.train.init_from)
+    _, merge = loop.merge_params(abstract.params, loaded)
+    say(loop.format_merge(config.train.init_from, merge))
+    loop.check_merge(config.train.init_from, merge)

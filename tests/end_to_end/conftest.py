@@ -1,0 +1,141 @@
+"""A tiny real data directory and recipe, and a way to run the launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import pathlib
+import textwrap
+
+import cv2
+import numpy as np
+import pytest
+
+from glscl_jax.data import prepare
+from launch import train as launcher
+
+COLORS = {"red": (0, 0, 200), "green": (0, 200, 0), "blue": (200, 0, 0)}
+SHAPES = ("square", "disc", "bar")
+SIZES = {"small": 4, "medium": 6, "large": 9}  # medium: validation
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  code: int
+  out: str
+  err: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Project:
+  """A prepared data directory, and a recipe that trains on it."""
+
+  data: pathlib.Path
+  recipe: pathlib.Path
+
+  def command(self, workdir: pathlib.Path, *extra: str) -> list[str]:
+    return [
+      "launch/train.py",
+      f"--config={self.recipe}",
+      f"--workdir={workdir}",
+      *extra,
+    ]
+
+  def run(self, workdir: pathlib.Path, *extra: str) -> Result:
+    """The launcher in this process: exit code and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      code = launcher.main(self.command(workdir, *extra))
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def draw(color: tuple[int, int, int], shape: str, size: str) -> bytes:
+  """A PNG of 24 x 24 pixels."""
+  image_YXC = np.full((24, 24, 3), 255, np.uint8)
+  radius = SIZES[size]
+  if shape == "disc":
+    cv2.circle(image_YXC, (12, 12), radius, color, -1)
+  else:
+    height = radius if shape == "square" else 2
+    cv2.rectangle(
+      image_YXC, (12 - radius, 12 - height), (12 + radius, 12 + height), color,
+      -1,
+    )  # fmt: skip
+  return cv2.imencode(".png", image_YXC)[1].tobytes()
+
+
+def make_data(folder: pathlib.Path) -> pathlib.Path:
+  """Prepares 18 pairs for training and 9 for validation, by the real code."""
+  lines = []
+  for (color, pixel), shape, size in itertools.product(
+    COLORS.items(), SHAPES, SIZES
+  ):
+    name = f"{size}-{color}-{shape}"
+    (folder / f"{name}.png").write_bytes(draw(pixel, shape, size))
+    lines.append(
+      {
+        "image": f"{name}.png",
+        "caption": f"a {size} {color} {shape} on white paper",
+        "id": name,
+        "split": "val" if size == "medium" else "train",
+      }
+    )
+  path = folder / "pairs.jsonl"
+  path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+  prepare.prepare_jsonl(
+    folder / "data", path=path, vocabulary=prepare.Vocabulary(size=80)
+  )
+  return folder / "data"
+
+
+RECIPE = """
+    from glscl_jax import config as config_lib
+
+    def get_config(arg=""):
+      c = config_lib.to_config_dict(config_lib.Config())
+      c.data.dir = {data!r}
+      c.data.batch_size = 8
+      c.data.num_threads = 1
+      c.data.prefetch = 2
+      c.data.augment.crop_scale = (0.9, 1.0)
+      c.model.vision.image_size = 16
+      c.model.vision.patch_size = 4
+      c.model.text.vocab_size = {vocab_size}
+      c.model.text.max_length = 20
+      c.model.text.num_positions = 24
+      for tower in (c.model.vision, c.model.text, c.model.fusion):
+        tower.width = 64
+        tower.depth = 1
+      c.model.joint_width = 16
+      c.model.compute_dtype = "float32"
+      c.model.scan = False
+      c.model.remat = "none"
+      c.objectives.neg_group = 8
+      c.objectives.mltc_image_group = 8
+      c.objectives.mltc_text_group = 8
+      c.optimizer.learning_rate = 1e-3
+      c.train.num_steps = 12
+      c.train.log_every = 2
+      c.train.save_every = 4
+      return c
+"""
+
+
+def make_project(folder: pathlib.Path) -> Project:
+  data = make_data(folder)
+  vocab_size = json.loads((data / "manifest.json").read_text())["tokenizer"][
+    "vocab_size"
+  ]
+  recipe = folder / "recipe.py"
+  recipe.write_text(
+    textwrap.dedent(RECIPE).format(data=str(data), vocab_size=vocab_size)
+  )
+  return Project(data, recipe)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory) -> Project:
+  return make_project(tmp_path_factory.mktemp("project"))
