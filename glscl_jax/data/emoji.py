@@ -19,7 +19,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from glscl_jax.data import pairs
+from glscl_jax.data import pairs, progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +136,7 @@ class Drawing:
 
   @property
   def id(self) -> str:
+    """Names the pair: studio/concept."""
     return f"{self.studio}/{self.concept.slug}"
 
 
@@ -178,7 +179,7 @@ def fetch(
     FetchError: no npm, a failed download, or a tarball of another hash.
   """
   cache.mkdir(parents=True, exist_ok=True)
-  for package in packages:
+  for package in progress.bar(packages, name="fetch", total=len(packages)):
     path = cache / package.file_name
     if not path.exists():
       _pack(package, cache, find_npm(npm))
@@ -192,7 +193,7 @@ def _pack(package: Package, cache: pathlib.Path, npm: str) -> None:
   scratch.mkdir()
   spec = f"{package.name}@{package.version}"
   done = subprocess.run(
-    [npm, "pack", spec, "--pack-destination", str(scratch)],
+    [npm, "pack", spec, "--ignore-scripts", "--pack-destination", scratch],
     capture_output=True,
     text=True,
     check=False,
@@ -265,21 +266,21 @@ def match_icons(
     by_code = {_normal_code(code): name for code, name in chars.items()}
     found = ((c.slug, by_code.get(c.code)) for c in concepts)
     return {slug: name for slug, name in found if name in icons}
-  matched = {}
-  for concept in concepts:
-    for name in _slug_names(concept):
-      if name in icons:
-        matched[concept.slug] = name
-        break
-  taken = set(matched.values())
-  for concept in concepts:
-    for name in _slug_names(concept):
-      parent = aliases[name]["parent"] if name in aliases else None
-      if concept.slug not in matched and parent in icons:
-        if parent not in taken:
-          matched[concept.slug] = parent
-          taken.add(parent)
+  exact = {name: name for name in icons}
+  other = {name: alias["parent"] for name, alias in aliases.items()}
+  matched: dict[str, str] = {}
+  for names in (exact, other):
+    taken = set(matched.values())
+    for concept in concepts:
+      icon = _first(_slug_names(concept), names)
+      if concept.slug not in matched and icon in icons and icon not in taken:
+        matched[concept.slug] = icon
+        taken.add(icon)
   return matched
+
+
+def _first(names: Sequence[str], found: Mapping[str, str]) -> str | None:
+  return next((found[name] for name in names if name in found), None)
 
 
 def _slug_names(concept: Concept) -> tuple[str, str]:
@@ -334,22 +335,26 @@ def captions(concept: Concept) -> tuple[str, ...]:
   Keywords equal to the name, smileys such as ":D" and repeats are dropped;
   the rest is cut so that the caption stays at about 24 tokens.
   """
-  seen = {_plain(concept.name)}
   units = len(concept.name.split()) + 1
   kept = []
-  for keyword in concept.keywords:
-    text = " ".join(keyword.replace("_", " ").split())
-    units += len(text.split()) + 1
+  for keyword in _useful_keywords(concept):
+    units += len(keyword.split()) + 1
     if units > _KEYWORD_UNITS:
       break
-    if _plain(text) in seen or not re.search(r"[^\W_]{2}|^\w$", text):
-      units -= len(text.split()) + 1
-      continue
-    seen.add(_plain(text))
-    kept.append(text)
+    kept.append(keyword)
   if not kept:
     return (concept.name,)
   return concept.name, f"{concept.name}: {', '.join(kept)}"
+
+
+def _useful_keywords(concept: Concept) -> Iterator[str]:
+  seen = {_plain(concept.name)}
+  for keyword in concept.keywords:
+    text = " ".join(keyword.replace("_", " ").split())
+    # A word, or one letter or digit alone; ":D" and "<3" are neither.
+    if _plain(text) not in seen and re.search(r"[^\W_]{2}|^\w$", text):
+      seen.add(_plain(text))
+      yield text
 
 
 def _plain(text: str) -> str:

@@ -7,16 +7,18 @@ renamed. `manifest.json` holds what it was made from and the hash of each file.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the directory; another number is another layout
@@ -64,10 +66,11 @@ def read_manifest(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
       f"{path}: not readable ({error}); {path.parent} was not made by "
       "launch/prepare.py or is damaged: make it again"
     ) from error
-  if manifest["format"] != FORMAT:
+  found = manifest["format"] if "format" in manifest else "unknown"
+  if found != FORMAT:
     raise DataError(
-      f"{path}: format {manifest['format']}, this version reads {FORMAT}: "
-      "make the directory again with launch/prepare.py"
+      f"{path}: format {found}, this version reads {FORMAT}: make the "
+      "directory again with launch/prepare.py"
     )
   return manifest
 
@@ -114,23 +117,32 @@ def write(
       tokenizer and further entries; may raise to give up.
 
   Raises:
-    DataError: a split without records.
+    DataError: a split without records, or a `data_dir` that exists but was
+      not made by this function.
   """
   target = pathlib.Path(data_dir).absolute()
+  if target.exists() and not _is_replaceable(target):
+    raise DataError(
+      f"{target}: exists and is no data directory; name another --output, or "
+      "remove it first"
+    )
   target.parent.mkdir(parents=True, exist_ok=True)
   for stale in target.parent.glob(f"{target.name}.tmp-*"):
     if not _is_running(stale.name.rpartition("-")[2]):
       shutil.rmtree(stale, ignore_errors=True)
   scratch = target.with_name(f"{target.name}.tmp-{os.getpid()}")
   try:
-    images = _ImageIndex()
-    built = _build(scratch / "build", splits, images)
+    images, contents = _ImageIndex(), _Contents()
+    built = _build(scratch / "build", splits, images, contents)
     whole = scratch / "whole"
     shutil.move(built, whole)
     manifest = {
       "format": FORMAT,
       "source": dict(source),
       "splits": _count(whole),
+      # Of the records alone: equal on every machine, while the files differ
+      # in the order in which fields were serialised.
+      "content_sha256": contents.sha256(),
       "images": len(images.index),
       "images_in_several_splits": images.count_shared(),
     }
@@ -147,6 +159,13 @@ def write(
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
   return manifest
+
+
+def _is_replaceable(target: pathlib.Path) -> bool:
+  """Only what this module made, or an empty folder, is ever removed."""
+  if not target.is_dir():
+    return False
+  return (target / MANIFEST).is_file() or not any(target.iterdir())
 
 
 def _is_running(pid: str) -> bool:
@@ -178,16 +197,46 @@ class _ImageIndex:
     return sum(len(names) > 1 for names in self._splits.values())
 
 
+class _Contents:
+  """A hash of records that does not depend on their order."""
+
+  def __init__(self):
+    self._digests: list[bytes] = []
+
+  def add(self, record: Record) -> None:
+    """Takes one record into account."""
+    image = hashlib.sha256(record.image).hexdigest()
+    text = json.dumps([record.split, record.id, image, *record.captions])
+    self._digests.append(hashlib.sha256(text.encode()).digest())
+
+  def sha256(self) -> str:
+    """The hash of all records so far."""
+    return hashlib.sha256(b"".join(sorted(self._digests))).hexdigest()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+  """Hides the information that tensorflow-datasets logs at every step."""
+  before = logging.get_verbosity()
+  logging.set_verbosity(min(before, logging.WARNING))
+  try:
+    yield
+  finally:
+    logging.set_verbosity(before)
+
+
 def _build(
   root: pathlib.Path,
   splits: Mapping[str, Callable[[], Iterable[Record]]],
   images: _ImageIndex,
+  contents: _Contents,
 ) -> pathlib.Path:
   """Runs the builder below `root`; returns the folder of its files."""
   # Imported late: it takes seconds, and readers of a manifest do not need it.
   import tensorflow_datasets as tfds
 
-  class Pairs(tfds.core.GeneratorBasedBuilder):
+  # The registry takes a name once in a process; two calls define it twice.
+  class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Image-text pairs."""
 
     name = _DATASET
@@ -215,17 +264,23 @@ def _build(
       empty = True
       for record in splits[name]():
         empty = False
-        yield record.id, {
-          "id": record.id,
-          "image": record.image,
-          "captions": list(record.captions),
-          "image_id": images.add(record.image, name),
-        }
+        contents.add(record)
+        yield (
+          record.id,
+          {
+            "id": record.id,
+            "image": record.image,
+            "captions": list(record.captions),
+            "image_id": images.add(record.image, name),
+          },
+        )
       if empty:
         raise DataError(f"split {name!r} has no usable record")
 
+  tfds.disable_progress_bar()  # records come with a bar of their own
   builder = Pairs(data_dir=root, file_format="array_record")
-  builder.download_and_prepare()
+  with quiet(), contextlib.redirect_stdout(None):
+    builder.download_and_prepare()
   return pathlib.Path(builder.data_dir)
 
 

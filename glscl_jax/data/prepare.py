@@ -7,16 +7,37 @@ left alone; anything else is made again.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
-import hashlib
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
 from glscl_jax.data import emoji, ingest, pairs, render, sources, tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+  """Which tokenizer a data directory gets."""
+
+  file: str = ""  # copied; empty: trained
+  train: bool | None = None  # on the split `train`; None: where there is one
+  size: int = 2000  # bound of the trained one
+
+  def __post_init__(self):
+    if self.file and self.train:
+      raise pairs.DataError("--tokenizer and --train_tokenizer exclude another")
+    if self.file:
+      tokenizer.load(self.file)
+
+  def source(self) -> dict[str, Any]:
+    """What the result depends on."""
+    if self.file:
+      return {"tokenizer_sha256": tokenizer.load(self.file).sha256}
+    return {"train_tokenizer": self.train, "vocab_size": self.size}
 
 
 def prepare_emoji(
@@ -25,8 +46,7 @@ def prepare_emoji(
   cache: str | pathlib.Path,
   size: int = 96,
   npm: str = "",
-  vocab_size: int = 2000,
-  tokenizer_file: str = "",
+  vocabulary: Vocabulary = Vocabulary(),
   num_processes: int = 2,
   studios: Mapping[str, emoji.Package] = emoji.STUDIOS,
   texts: Sequence[emoji.Package] = (emoji.NAMES, emoji.KEYWORDS),
@@ -38,8 +58,7 @@ def prepare_emoji(
     cache: folder of npm tarballs; what is missing is fetched.
     size: pixels of a side of each drawing.
     npm: the npm program; empty: searched for.
-    vocab_size: bound of the tokenizer trained on the training captions.
-    tokenizer_file: copied instead of training one.
+    vocabulary: the tokenizer to add.
     num_processes: that render.
     studios: packages of drawings.
     texts: the package of names and the package of keywords.
@@ -56,7 +75,7 @@ def prepare_emoji(
       for package in packages
     },
     "size": size,
-    **_tokenizer_source(tokenizer_file, vocab_size),
+    **vocabulary.source(),
   }
   if (found := _whole(output, source)) is not None:
     return found
@@ -82,7 +101,7 @@ def prepare_emoji(
     )
     manifest["split_description"] = emoji.SPLIT_DESCRIPTION
     manifest["rejected"] = []
-    _add_tokenizer(directory, manifest, tokenizer_file, vocab_size)
+    _add_tokenizer(directory, manifest, vocabulary)
 
   return pairs.write(
     output,
@@ -103,8 +122,7 @@ def prepare_jsonl(
   image_root: str = "",
   split: str = "train",
   max_reject_share: float = 0.01,
-  vocab_size: int = 2000,
-  tokenizer_file: str = "",
+  vocabulary: Vocabulary = Vocabulary(),
 ) -> dict[str, Any]:
   """Makes a data directory from a JSON Lines file; returns its manifest.
 
@@ -114,8 +132,7 @@ def prepare_jsonl(
     image_root: folder of the images; empty: that of `path`.
     split: of lines that name none.
     max_reject_share: of all lines; more fails.
-    vocab_size: bound of the tokenizer trained on the training captions.
-    tokenizer_file: copied instead of training one.
+    vocabulary: the tokenizer to add.
 
   Raises:
     DataError: no usable line, or too many rejected ones.
@@ -130,35 +147,47 @@ def prepare_jsonl(
     "images": ingest.fingerprint(lines, root),
     "image_root": str(root.absolute()),
     "split": split,
-    **_tokenizer_source(tokenizer_file, vocab_size),
+    "max_reject_share": max_reject_share,
+    **vocabulary.source(),
   }
   if (found := _whole(output, source)) is not None:
     return found
 
+  check_rejects = functools.partial(
+    ingest.check_rejects,
+    path,
+    rejects,
+    num_lines=num_lines,
+    max_share=max_reject_share,
+  )
+  check_rejects()  # before any image is read
+
   def finish(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
-    ingest.check_rejects(
-      path, rejects, num_lines=num_lines, max_share=max_reject_share
-    )
+    check_rejects()
     manifest["lines"] = num_lines
     manifest["rejected"] = [vars(reject) for reject in rejects]
     manifest["split_description"] = "as the file says"
-    _add_tokenizer(directory, manifest, tokenizer_file, vocab_size)
+    _add_tokenizer(directory, manifest, vocabulary)
 
-  ingest.check_rejects(
-    path, rejects, num_lines=num_lines, max_share=max_reject_share
-  )
   names = sorted({line.split for line in lines})
-  return pairs.write(
-    output,
-    splits={
-      name: functools.partial(
-        ingest.read_records, lines, root, split=name, rejects=rejects
-      )
-      for name in names
-    },
-    source=source,
-    finish=finish,
-  )
+  read = functools.partial(ingest.read_records, lines, root, rejects=rejects)
+  try:
+    manifest = pairs.write(
+      output,
+      splits={name: functools.partial(read, split=name) for name in names},
+      source=source,
+      finish=finish,
+    )
+  except pairs.DataError:
+    check_rejects()  # why a split is empty says more than that it is
+    raise
+  if manifest["images_in_several_splits"]:
+    logging.warning(
+      "%d images stand in more than one split: figures on held-out splits "
+      "will flatter",
+      manifest["images_in_several_splits"],
+    )
+  return manifest
 
 
 def _whole(
@@ -174,39 +203,57 @@ def _whole(
   return None
 
 
-def _tokenizer_source(path: str, vocab_size: int) -> dict[str, Any]:
-  if not path:
-    return {"vocab_size": vocab_size}
-  return {"tokenizer_sha256": tokenizer.load(path).sha256}
-
-
 def _add_tokenizer(
-  directory: pathlib.Path,
-  manifest: dict[str, Any],
-  path: str,
-  vocab_size: int,
+  directory: pathlib.Path, manifest: dict[str, Any], vocabulary: Vocabulary
 ) -> None:
-  """Copies or trains the tokenizer; notes what it is."""
-  if path:
-    target = directory / f"tokenizer{pathlib.Path(path).suffix}"
-    shutil.copyfile(path, target)
-  else:
-    if "train" not in manifest["splits"]:
-      raise pairs.DataError(
-        "no split 'train' to train a tokenizer on: pass --tokenizer=FILE"
-      )
+  """Copies or trains the tokenizer and notes what it is, or that none is."""
+  manifest["tokenizer"] = None
+  if vocabulary.file:
+    target = directory / f"tokenizer{pathlib.Path(vocabulary.file).suffix}"
+    shutil.copyfile(vocabulary.file, target)
+  elif vocabulary.train is False:
+    return
+  elif "train" in manifest["splits"]:
     target = directory / "tokenizer.model"
-    records = sources.Source(directory, "train", manifest["splits"]["train"])
-    captions = [
-      caption
-      for index in range(len(records))
-      for caption in records[index].captions
-    ]
-    tokenizer.train_sentencepiece(captions, target, vocab_size)
+    captions = list(_read_captions(directory, manifest["splits"]["train"]))
+    tokenizer.train_sentencepiece(captions, target, vocabulary.size)
+  elif vocabulary.train:
+    raise pairs.DataError("--train_tokenizer: there is no split 'train'")
+  else:
+    logging.info("no split 'train': no tokenizer is added")
+    return
   loaded = tokenizer.load(target)
   manifest["tokenizer"] = {
     "file": target.name,
     "sha256": loaded.sha256,
     "vocab_size": loaded.vocab_size,
-    "trained_on": "" if path else "train",
+    "trained_on": "" if vocabulary.file else "train",
   }
+
+
+def _read_captions(directory: pathlib.Path, size: int) -> Iterator[str]:
+  records = sources.Source(directory, "train", size)
+  for index in range(size):
+    yield from records[index].captions
+
+
+def describe(output: str | pathlib.Path, manifest: Mapping[str, Any]) -> str:
+  """What a data directory holds, and every rejected line, as text."""
+  lines = [f"{output}: {manifest['images']} different images"]
+  lines += [
+    f"  {count:7d} pairs in {name}"
+    for name, count in manifest["splits"].items()
+  ]
+  made = manifest["tokenizer"]
+  lines.append(
+    f"  tokenizer {made['file']}, {made['vocab_size']} entries"
+    if made
+    else "  no tokenizer: set data.tokenizer when training"
+  )
+  rejected = manifest["rejected"]
+  lines.append(f"  {len(rejected)} records rejected")
+  lines += [
+    f"    line {entry['line']} {entry['id']}: {entry['reason']}"
+    for entry in rejected
+  ]
+  return "\n".join(lines)

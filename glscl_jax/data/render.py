@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import multiprocessing
+import signal
 from collections.abc import Sequence
 
 import resvg_py
@@ -42,7 +43,10 @@ def render_all(
   one = functools.partial(render, size=size)
   if num_processes <= 1:
     return list(progress.bar(map(one, svgs), total=len(svgs), name="render"))
-  # spawn: a fork of a process that runs threads may hang.
-  with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
+  # spawn: a fork of a process that runs threads may hang. Ctrl-C is
+  # the parent's to handle.
+  spawn = multiprocessing.get_context("spawn")
+  ignore = (signal.SIGINT, signal.SIG_IGN)
+  with spawn.Pool(num_processes, signal.signal, ignore) as pool:
     images = pool.imap(one, svgs, chunksize=32)
     return list(progress.bar(images, total=len(svgs), name="render"))

@@ -91,7 +91,8 @@ class Source:
       # Imported late: it takes seconds.
       import tensorflow_datasets as tfds
 
-      builder = tfds.builder_from_directory(str(self._data_dir))
+      with pairs.quiet():
+        builder = tfds.builder_from_directory(str(self._data_dir))
       self._records = builder.as_data_source(
         split=self._split, decoders={"image": tfds.decode.SkipDecoding()}
       )

@@ -109,6 +109,8 @@ class _SentencePiece(Tokenizer):
         )
 
   def _load(self) -> None:
+    if not self._proto:  # the library takes no bytes for no model, and warns
+      raise TokenizerError(f"{self._name}: not a sentencepiece model: empty")
     try:
       self._model = sentencepiece.SentencePieceProcessor(
         model_proto=self._proto
@@ -133,31 +135,28 @@ class _SentencePiece(Tokenizer):
 
   def _split(self, text: str) -> tuple[list[int], list[int]]:
     ids = self._model.encode(text)
-    starts = [
-      self._model.id_to_piece(i).startswith(_WORD_START) for i in ids
-    ]
+    starts = [self._model.id_to_piece(i).startswith(_WORD_START) for i in ids]
     starts[:1] = [True] * len(starts[:1])
     return ids, [int(n) - 1 for n in np.cumsum(starts)]
 
 
 class _HuggingFace(Tokenizer):
-  def __init__(self, text: str, name: str):
-    self._text, self._name = text, name
+  def __init__(self, data: bytes, name: str):
+    self._data, self._name = data, name
     self._load()
     self.start_id = self._find("<s>", "[CLS]")
     self.end_id = self._find("</s>", "[SEP]")
     self.pad_id = self._find("<pad>", "[PAD]")
     self.mask_id = self._find(MASK, "[MASK]")
     self.vocab_size = max(self._model.get_vocab().values()) + 1
-    self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+    self.sha256 = hashlib.sha256(data).hexdigest()
 
   def _load(self) -> None:
     try:
-      self._model = tokenizers.Tokenizer.from_str(self._text)
+      self._model = tokenizers.Tokenizer.from_buffer(self._data)
     except Exception as error:  # the library raises bare Exception
       raise TokenizerError(
-        f"{self._name}: not a tokenizer.json of the tokenizers library: "
-        f"{error}"
+        f"{self._name}: not a tokenizer.json of the tokenizers library: {error}"
       ) from error
     self._model.no_truncation()
     self._model.no_padding()
@@ -210,7 +209,7 @@ def load(path: str | pathlib.Path) -> Tokenizer:
     ) from error
   if path.suffix == ".model":
     return _SentencePiece(data, str(path))
-  return _HuggingFace(data.decode(), str(path))
+  return _HuggingFace(data, str(path))
 
 
 def train_sentencepiece(
@@ -223,26 +222,35 @@ def train_sentencepiece(
     path: ends in .model.
     vocab_size: V with the mask, which is an id past the model's last piece; a
       small corpus may end with fewer.
+
+  Raises:
+    TokenizerError: too few texts, or a V below the number of characters.
   """
   model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(texts),
-    model_writer=model,
-    vocab_size=vocab_size - 1,
-    hard_vocab_limit=False,
-    bos_id=0,
-    pad_id=1,
-    eos_id=2,
-    unk_id=3,
-    bos_piece="<s>",
-    pad_piece="<pad>",
-    eos_piece="</s>",
-    unk_piece="<unk>",
-    normalization_rule_name="nmt_nfkc_cf",
-    character_coverage=1.0,
-    num_threads=1,
-    minloglevel=2,
-  )
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(texts),
+      model_writer=model,
+      vocab_size=vocab_size - 1,
+      hard_vocab_limit=False,
+      bos_id=0,
+      pad_id=1,
+      eos_id=2,
+      unk_id=3,
+      bos_piece="<s>",
+      pad_piece="<pad>",
+      eos_piece="</s>",
+      unk_piece="<unk>",
+      normalization_rule_name="nmt_nfkc_cf",
+      character_coverage=1.0,
+      num_threads=1,
+      minloglevel=2,
+    )
+  except RuntimeError as error:
+    raise TokenizerError(
+      f"sentencepiece cannot train {vocab_size} pieces on {len(texts)} texts "
+      f"(--vocab_size): {error}"
+    ) from error
   pathlib.Path(path).write_bytes(model.getvalue())
 
 

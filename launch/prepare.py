@@ -1,0 +1,106 @@
+"""Makes a data directory: the emoji data, or pairs listed in a JSON Lines file.
+
+  python launch/prepare.py --source=emoji --output=data/emoji
+  python launch/prepare.py --source=jsonl --input=pairs.jsonl --output=DIR
+
+A directory that is whole and was made from the same input is left alone. What
+the lines of a JSON Lines file look like is in docs/data.md.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import Any
+
+from absl import app, flags
+
+from glscl_jax.data import emoji, pairs, prepare, tokenizer
+
+_SOURCE = flags.DEFINE_enum(
+  "source", "emoji", ["emoji", "jsonl"], "What to make the pairs from."
+)
+_INPUT = flags.DEFINE_string(
+  "input",
+  "",
+  "emoji: folder of npm tarballs, filled where they are missing (default: "
+  "`npm` beside the output). jsonl: the file.",
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "The data directory to make.", required=True
+)
+_TOKENIZER = flags.DEFINE_string(
+  "tokenizer", "", "Tokenizer file (.model or .json) to copy."
+)
+_TRAIN_TOKENIZER = flags.DEFINE_boolean(
+  "train_tokenizer",
+  None,
+  "Train a sentencepiece tokenizer on the captions of the split `train` "
+  "(default: where there is that split and no --tokenizer).",
+)
+_VOCAB_SIZE = flags.DEFINE_integer(
+  "vocab_size", 2000, "Bound of the tokenizer trained here.", lower_bound=8
+)
+_SIZE = flags.DEFINE_integer(
+  "size", 96, "emoji: pixels of a side of a drawing.", lower_bound=8
+)
+_NPM = flags.DEFINE_string("npm", "", "emoji: the npm program.")
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", 2, "emoji: processes that render.", lower_bound=1
+)
+_SPLIT = flags.DEFINE_string(
+  "split", "train", "jsonl: split of the lines that name none."
+)
+_IMAGE_ROOT = flags.DEFINE_string(
+  "image_root", "", "jsonl: folder of the images (default: the file's)."
+)
+_MAX_REJECT_SHARE = flags.DEFINE_float(
+  "max_reject_share",
+  0.01,
+  "jsonl: share of unusable lines above which nothing is written.",
+  lower_bound=0.0,
+  upper_bound=1.0,
+)
+
+
+def _prepare() -> dict[str, Any]:
+  vocabulary = prepare.Vocabulary(
+    file=_TOKENIZER.value,
+    train=_TRAIN_TOKENIZER.value,
+    size=_VOCAB_SIZE.value,
+  )
+  output = pathlib.Path(_OUTPUT.value)
+  if _SOURCE.value == "emoji":
+    return prepare.prepare_emoji(
+      output,
+      cache=_INPUT.value or output.absolute().parent / "npm",
+      size=_SIZE.value,
+      npm=_NPM.value,
+      vocabulary=vocabulary,
+      num_processes=_NUM_PROCESSES.value,
+    )
+  if not _INPUT.value:
+    raise pairs.DataError("--source=jsonl needs --input=FILE")
+  return prepare.prepare_jsonl(
+    output,
+    path=_INPUT.value,
+    image_root=_IMAGE_ROOT.value,
+    split=_SPLIT.value,
+    max_reject_share=_MAX_REJECT_SHARE.value,
+    vocabulary=vocabulary,
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Makes the directory and prints what is in it."""
+  if len(argv) > 1:
+    raise app.UsageError(f"not understood: {argv[1:]}")
+  try:
+    manifest = _prepare()
+  except (emoji.FetchError, pairs.DataError, tokenizer.TokenizerError) as error:
+    sys.exit(f"prepare: {error}")
+  print(prepare.describe(_OUTPUT.value, manifest))
+
+
+if __name__ == "__main__":
+  app.run(main)
