@@ -442,7 +442,7 @@ def make_records(
       )
 
 
-def credits(
+def read_credits(
   cache: pathlib.Path, *, studios: Mapping[str, Package] = STUDIOS
 ) -> dict[str, dict[str, str]]:
   """Author and licence of each studio, as its package states them."""

@@ -6,18 +6,21 @@ and `split` may be absent. Images keep the bytes of their files.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from glscl_jax.data import pairs, progress, transforms
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
   """One line that parsed; its image has not been looked at."""
 
@@ -36,6 +39,8 @@ class Reject:
   id: str  # or the image's path, or empty
   reason: str
 
+
+_CHUNK = 256  # images in memory at a time
 
 # "all" is a word of tensorflow-datasets' own split language.
 _SPLIT = re.compile(r"(?!all$)[a-zA-Z]\w*", re.ASCII)
@@ -147,17 +152,36 @@ def read_records(
 ) -> Iterator[pairs.Record]:
   """Yields the pairs of one split; appends the unreadable ones to `rejects`."""
   chosen = [line for line in lines if line.split == split]
-  for line in progress.bar(chosen, name=f"read {split}", total=len(chosen)):
-    try:
-      image = (root / line.image).read_bytes()
-      transforms.decode(image)
-    except (OSError, transforms.BadImage) as error:
-      reason = f"image {root / line.image}: {error}"
+  read = functools.partial(_read_image, root)
+  images = _map_threads(read, chosen)
+  bar = progress.bar(images, name=f"read {split}", total=len(chosen))
+  for line, (image, reason) in zip(chosen, bar, strict=True):
+    if reason:
       rejects.append(Reject(line=line.number, id=line.id, reason=reason))
       continue
     yield pairs.Record(
       id=line.id, split=split, image=image, captions=line.captions
     )
+
+
+def _read_image(root: pathlib.Path, line: Line) -> tuple[bytes, str]:
+  """The file's bytes, or why they cannot be used; decodes the whole image."""
+  path = root / line.image
+  try:
+    data = path.read_bytes()
+    transforms.decode(data)
+  except (OSError, ValueError) as error:
+    return b"", f"image {path}: {error}"
+  return data, ""
+
+
+def _map_threads(
+  function: Callable[[Line], tuple[bytes, str]], lines: Sequence[Line]
+) -> Iterator[tuple[bytes, str]]:
+  """Maps in order, a few images ahead; decoding leaves Python's lock."""
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    for start in range(0, len(lines), _CHUNK):
+      yield from pool.map(function, lines[start : start + _CHUNK])
 
 
 def check_rejects(

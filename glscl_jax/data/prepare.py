@@ -18,6 +18,8 @@ from absl import logging
 
 from glscl_jax.data import emoji, ingest, pairs, render, sources, tokenizer
 
+_PRINTED = 20  # rejected lines; the manifest lists all
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vocabulary:
@@ -95,7 +97,7 @@ def prepare_emoji(
   def finish(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
     if manifest["images_in_several_splits"]:
       raise pairs.DataError("a drawing stands in more than one split")
-    manifest["studios"] = emoji.credits(cache, studios=studios)
+    manifest["studios"] = emoji.read_credits(cache, studios=studios)
     manifest["pairs_per_studio"] = dict(
       collections.Counter(item.studio for item in drawings)
     )
@@ -238,7 +240,7 @@ def _read_captions(directory: pathlib.Path, size: int) -> Iterator[str]:
 
 
 def describe(output: str | pathlib.Path, manifest: Mapping[str, Any]) -> str:
-  """What a data directory holds, and every rejected line, as text."""
+  """What a data directory holds, and its rejected lines, as text."""
   lines = [f"{output}: {manifest['images']} different images"]
   lines += [
     f"  {count:7d} pairs in {name}"
@@ -254,6 +256,8 @@ def describe(output: str | pathlib.Path, manifest: Mapping[str, Any]) -> str:
   lines.append(f"  {len(rejected)} records rejected")
   lines += [
     f"    line {entry['line']} {entry['id']}: {entry['reason']}"
-    for entry in rejected
+    for entry in rejected[:_PRINTED]
   ]
+  if len(rejected) > _PRINTED:
+    lines.append(f"    .. all of them in {output}/{pairs.MANIFEST}")
   return "\n".join(lines)

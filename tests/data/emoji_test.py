@@ -286,8 +286,8 @@ def test_every_real_caption_starts_with_the_name(cache):
 
 
 def test_every_studio_states_its_licence(cache):
-  credits = emoji.credits(cache)
-  assert {name: credit["licence"] for name, credit in credits.items()} == {
+  found = emoji.read_credits(cache)
+  assert {name: credit["licence"] for name, credit in found.items()} == {
     "noto": "Apache-2.0",
     "twemoji": "CC-BY-4.0",
     "openmoji": "CC-BY-SA-4.0",
