@@ -32,6 +32,11 @@ def uniform_fan_in(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
   return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def last_axis(x_D: jax.Array, rank: int) -> jax.Array:
+  """(D,) as (1, .., 1, D), to act along the last axis."""
+  return jnp.expand_dims(x_D, tuple(range(rank - 1)))
+
+
 class Dense(nn.Module):
   """y = x W + b over the last axis; `kernel` is (in, features)."""
 
@@ -50,7 +55,7 @@ class Dense(nn.Module):
     if not self.use_bias:
       return y
     bias = self.param("bias", self.bias_init, (self.features,))
-    return y + bias.astype(y.dtype)
+    return y + last_axis(bias.astype(y.dtype), y.ndim)
 
 
 class LayerNorm(nn.Module):
@@ -67,7 +72,8 @@ class LayerNorm(nn.Module):
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     unit = centred * jax.lax.rsqrt(variance + self.eps)
-    return (unit * scale_D + bias_D).astype(x.dtype)
+    y = unit * last_axis(scale_D, x.ndim) + last_axis(bias_D, x.ndim)
+    return y.astype(x.dtype)
 
 
 class Dropout(nn.Module):

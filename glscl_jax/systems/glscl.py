@@ -252,19 +252,19 @@ def fuse(
     text_rows_BQ, text_offsets = views.index_rows(
       plan.text_rows[fused], text_index, batch_size
     )
-    image_rows_BQ, image_offsets = views.index_rows(
+    image_rows_BJ, image_offsets = views.index_rows(
       plan.image_rows[fused], image_index, batch_size
     )
     if restricted:
-      x_BQD, y_BQD = model.fusion.head(
-        streams, encoded.text_valid_BT, text_rows_BQ, image_rows_BQ
+      x_BQD, y_BJD = model.fusion.head(
+        streams, encoded.text_valid_BT, text_rows_BQ, image_rows_BJ
       )
     else:
       x_BLD, y_BMD = model.fusion.head(streams, encoded.text_valid_BT)
       x_BQD = layers.take_rows(x_BLD, text_rows_BQ)
-      y_BQD = layers.take_rows(y_BMD, image_rows_BQ)
+      y_BJD = layers.take_rows(y_BMD, image_rows_BJ)
     text[fused] = views.Rows(x_BQD, text_offsets)
-    image[fused] = views.Rows(y_BQD, image_offsets)
+    image[fused] = views.Rows(y_BJD, image_offsets)
   return Fused(text, image)
 
 

@@ -114,7 +114,9 @@ def adamw(
       if config.variant == "hf":
         scale = rate * jnp.sqrt(correct2) / correct1
         step = -scale * m / (jnp.sqrt(v) + config.eps)
-        return step - rate * decay * (param + step)
+        # Two roundings, as there: this matters near 1, for norm scales.
+        moved = param + step
+        return (moved - rate * decay * moved) - param
       unit = (m / correct1) / (jnp.sqrt(v / correct2) + config.eps)
       return -rate * (unit + decay * param)
 
