@@ -30,9 +30,7 @@ def ranks(score_QA: np.ndarray, relevant_QA: np.ndarray) -> np.ndarray:
   return rank_Q
 
 
-def _ranks_of_rows(
-  score_QA: np.ndarray, relevant_QA: np.ndarray
-) -> np.ndarray:
+def _ranks_of_rows(score_QA: np.ndarray, relevant_QA: np.ndarray) -> np.ndarray:
   best_Q1 = np.where(relevant_QA, score_QA, -np.inf).max(1, keepdims=True)
   return 1 + (~relevant_QA & (score_QA >= best_Q1)).sum(1)
 
@@ -128,9 +126,7 @@ def summary(
   """R@1, R@5, R@10 as shares and the median rank; then the same by chance."""
   found = {f"r{k}": float((rank_Q <= k).mean()) for k in CUTOFFS}
   found["median_rank"] = float(np.median(rank_Q))
-  chance = {
-    f"r{k}": chance_recall(num_relevant_Q, total, k) for k in CUTOFFS
-  }
+  chance = {f"r{k}": chance_recall(num_relevant_Q, total, k) for k in CUTOFFS}
   chance["median_rank"] = float(chance_median_rank(num_relevant_Q, total))
   return found, chance
 

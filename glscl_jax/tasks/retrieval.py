@@ -45,6 +45,10 @@ SHOWN = 10  # best candidates kept for predictions
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
 
+class RetrievalError(ValueError):
+  """A measurement that cannot be made; the message says why."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
   """How candidates are ordered; part of every result."""
@@ -56,9 +60,14 @@ class Protocol:
 
   def __post_init__(self):
     if self.rerank not in RERANKS:
-      raise ValueError(f"rerank={self.rerank!r} is not one of {RERANKS}")
+      raise RetrievalError(f"rerank={self.rerank!r} is not one of {RERANKS}")
     if self.rerank_k < 1:
-      raise ValueError(f"rerank_k must be positive, is {self.rerank_k}")
+      raise RetrievalError(f"rerank_k must be positive, is {self.rerank_k}")
+
+  @property
+  def candidates(self) -> int | None:
+    """Candidates a query that are scored again; None: all of them."""
+    return None if self.rerank == "full" else self.rerank_k
 
   def describe(self) -> dict[str, Any]:
     """What a result file says about it; only what took part."""
@@ -96,14 +105,25 @@ class Ranking:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Fused:
+  """ITM logit differences of the pairs that are candidates of somebody."""
+
+  count: int | None  # candidates a query; None: all pairs
+  captions_UJ: np.ndarray  # the candidates of each image, best cosine first
+  images_ZJ: np.ndarray  # and of each caption
+  pairs: np.ndarray  # image * Z + caption, ascending, each once
+  scores: np.ndarray  # float32, of each pair
+  seconds: float  # compilation included
+  pairs_per_second: float | None  # after the first batch, which compiles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rankings:
   """Both directions, and what the fusion layers cost."""
 
   i2t: Ranking
   t2i: Ranking
-  num_pairs: int = 0  # scored by the fusion layers
-  seconds: float = 0.0  # of scoring them, compilation included
-  pairs_per_second: float | None = None  # after the first, compiling batch
+  fused: Fused | None  # None: by cosine alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +152,7 @@ def _make_programs(
     return y_BID, image_BE
 
   def encode_texts(params, text_ids_BT, text_valid_BT):
-    x_BTD = glscl.encode_text(
-      params, text_ids_BT, text_valid_BT, config=config
-    )
+    x_BTD = glscl.encode_text(params, text_ids_BT, text_valid_BT, config=config)
     blank_B1D = jnp.zeros((len(x_BTD), 1, config.model.vision.width))
     text_BE, _ = glscl.contrastive_vectors(
       params, x_BTD, blank_B1D, config=config
@@ -191,6 +209,10 @@ def encode(
   """Encodes every image and every caption of a split once.
 
   Args:
+    params: of the model that `config` describes.
+    retrieval_set: the split.
+    config: the run's; image size, text length and normalisation are read.
+    tokenizer: the one the model was trained with.
     batch_size: images or captions a call; rounded up to fill the mesh.
     keep_tokens: keep the outputs of both encoders for re-ranking.
     mesh: spread batches over it; None: where `params` are.
@@ -198,7 +220,7 @@ def encode(
 
   Raises:
     RetrievalSetError: no image can be decoded.
-    ValueError: the model gives vectors that are not finite.
+    RetrievalError: the model gives vectors that are not finite.
   """
   started = time.perf_counter()
   _check_head(config, "itc", "the dual encoder orders by it")
@@ -217,7 +239,7 @@ def encode(
   )
   cosine_UZ = image_AE[ok_A] @ text_ZE.T
   if not np.isfinite(cosine_UZ).all():
-    raise ValueError(
+    raise RetrievalError(
       f"split {kept.split!r}: the model gives cosines that are not finite"
     )
   return Encodings(
@@ -251,9 +273,7 @@ def _encode_images(
     image_size=config.model.vision.image_size,
     num_threads=config.data.num_threads,
   ):
-    y, vector = programs.encode_images(
-      params, programs.place(batch.image_BYXC)
-    )
+    y, vector = programs.encode_images(params, programs.place(batch.image_BYXC))
     tokens.extend([y] if keep_tokens else [])
     vectors.append(np.asarray(vector, np.float32))
     ok.append(batch.ok_B)
@@ -302,7 +322,7 @@ def _encode_texts(
 
 def _check_head(config: config_lib.Config, name: str, why: str) -> None:
   if getattr(config.objectives, name) == 0:
-    raise ValueError(
+    raise RetrievalError(
       f"the model was trained with objectives.{name} = 0 and has no such "
       f"head, but {why}"
     )
@@ -315,45 +335,50 @@ def _round_to_mesh(size: int, mesh: jax.sharding.Mesh | None) -> int:
   return -(-size // ways) * ways
 
 
-def rank(
+def fuse(
   params: Params,
   encodings: Encodings,
   *,
   config: config_lib.Config,
-  protocol: Protocol,
+  count: int | None,
   pair_batch_size: int = 256,
   mesh: jax.sharding.Mesh | None = None,
   on_progress: OnProgress | None = None,
-) -> Rankings:
-  """Orders all captions for each image and all images for each caption.
+) -> Fused:
+  """Scores the candidates of every image and caption with the fusion layers.
 
   Args:
-    encodings: made with `keep_tokens` unless `protocol.rerank` is "none".
+    params: those that made the encodings.
+    encodings: made with `keep_tokens`.
+    config: the run's.
+    count: candidates a query, by cosine; None: every pair.
     pair_batch_size: pairs a call of the fusion layers.
-    mesh, on_progress: as for `encode`.
+    mesh: as for `encode`.
+    on_progress: as for `encode`.
+
+  Raises:
+    RetrievalError: encodings without tokens, or a model without ITM head.
   """
+  _check_head(config, "itm", "re-ranking scores by it")
+  if encodings.image_tokens is None:
+    raise RetrievalError("re-ranking needs encodings with keep_tokens=True")
   cosine_UZ = encodings.cosine_UZ
   relevant_UZ = encodings.retrieval_set.relevant_UZ
-  if protocol.rerank == "none":
-    return Rankings(
-      i2t=_rank_by_score(cosine_UZ, relevant_UZ),
-      t2i=_rank_by_score(cosine_UZ.T, relevant_UZ.T),
-    )
-  _check_head(config, "itm", f"rerank={protocol.rerank} scores by it")
   num_images, num_captions = cosine_UZ.shape
-  full = protocol.rerank == "full"
-  best_UJ = ranking.best_candidates(
-    cosine_UZ, relevant_UZ, count=num_captions if full else protocol.rerank_k
+  captions = ranking.best_candidates(
+    cosine_UZ, relevant_UZ, count=count or num_captions
   )
-  best_ZA = ranking.best_candidates(
-    cosine_UZ.T, relevant_UZ.T, count=num_images if full else protocol.rerank_k
+  images = ranking.best_candidates(
+    cosine_UZ.T, relevant_UZ.T, count=count or num_images
   )
-  # A pair is image * num_captions + caption; one asked for twice runs once.
-  asked_UJ = np.arange(num_images)[:, None] * num_captions + best_UJ
-  asked_ZA = best_ZA * num_captions + np.arange(num_captions)[:, None]
-  pairs = np.unique(np.concatenate([asked_UJ.ravel(), asked_ZA.ravel()]))
+  # A pair that both its image and its caption ask for is scored once.
+  asked = (
+    _pair_numbers(np.arange(num_images)[:, None], captions, num_captions),
+    _pair_numbers(images, np.arange(num_captions)[:, None], num_captions),
+  )
+  pairs = np.unique(np.concatenate([numbers.ravel() for numbers in asked]))
   started = time.perf_counter()
-  fused, per_second = _score_pairs(
+  scores, per_second = _score_pairs(
     params,
     encodings,
     pairs,
@@ -361,22 +386,68 @@ def rank(
     batch_size=_round_to_mesh(min(pair_batch_size, len(pairs)), mesh),
     tell=on_progress or (lambda *_: None),
   )
-  seconds = time.perf_counter() - started
+  return Fused(
+    count=count,
+    captions_UJ=captions,
+    images_ZJ=images,
+    pairs=pairs,
+    scores=scores,
+    seconds=time.perf_counter() - started,
+    pairs_per_second=per_second,
+  )
+
+
+def _pair_numbers(
+  image: np.ndarray, caption: np.ndarray, num_captions: int
+) -> np.ndarray:
+  return image * num_captions + caption
+
+
+def rank(
+  encodings: Encodings, *, protocol: Protocol, fused: Fused | None = None
+) -> Rankings:
+  """Orders all captions for each image and all images for each caption.
+
+  Args:
+    encodings: of the split.
+    protocol: how candidates are ordered.
+    fused: of `protocol.candidates` candidates; None for rerank="none".
+
+  Raises:
+    RetrievalError: `fused` is not what the protocol asks for.
+  """
+  cosine_UZ = encodings.cosine_UZ
+  relevant_UZ = encodings.retrieval_set.relevant_UZ
+  if protocol.rerank == "none":
+    return Rankings(
+      i2t=_rank_by_score(cosine_UZ, relevant_UZ),
+      t2i=_rank_by_score(cosine_UZ.T, relevant_UZ.T),
+      fused=None,
+    )
+  if fused is None or fused.count != protocol.candidates:
+    raise RetrievalError(f"no fused scores for {protocol}")
+  scores = fused.scores
   if protocol.rerank == "itm_plus_itc":
-    fused = fused + protocol.itc_weight * cosine_UZ.ravel()[pairs]
+    scores = scores + protocol.itc_weight * cosine_UZ.ravel()[fused.pairs]
+  num_images, num_captions = cosine_UZ.shape
+
+  def look_up(numbers: np.ndarray) -> np.ndarray:
+    return scores[np.searchsorted(fused.pairs, numbers)]
+
+  of_images = _pair_numbers(
+    np.arange(num_images)[:, None], fused.captions_UJ, num_captions
+  )
+  of_captions = _pair_numbers(
+    fused.images_ZJ, np.arange(num_captions)[:, None], num_captions
+  )
   return Rankings(
     i2t=_rank_by_fusion(
-      cosine_UZ, relevant_UZ, best_UJ, fused[np.searchsorted(pairs, asked_UJ)]
+      cosine_UZ, relevant_UZ, fused.captions_UJ, look_up(of_images)
     ),
     t2i=_rank_by_fusion(
-      cosine_UZ.T,
-      relevant_UZ.T,
-      best_ZA,
-      fused[np.searchsorted(pairs, asked_ZA)],
+      cosine_UZ.T, relevant_UZ.T, fused.images_ZJ, look_up(of_captions)
     ),
-    num_pairs=len(pairs),
-    seconds=seconds,
-    pairs_per_second=per_second,
+    fused=fused,
   )
 
 
@@ -391,7 +462,9 @@ def _score_pairs(
 ) -> tuple[np.ndarray, float | None]:
   """ITM logit differences of all pairs, float32, and pairs a second."""
   if encodings.image_tokens is None:
-    raise ValueError("re-ranking needs encodings made with keep_tokens=True")
+    raise RetrievalError(
+      "re-ranking needs encodings made with keep_tokens=True"
+    )
   image, caption = np.divmod(pairs, len(encodings.retrieval_set.captions))
   # The last batch is filled with pair 0 and cut again.
   fill = -len(pairs) % batch_size
@@ -451,8 +524,9 @@ def report(
   """What a result file says of one split: JSON-able.
 
   Keys: split, num_images, num_captions, protocol, metrics (`i2t_r1` ..
-  `t2i_median_rank`, `r_mean`), chance (the same keys), timing,
-  num_truncated_captions, bad_records, num_bad_records.
+  `t2i_median_rank`; `mean_r1` of both directions; `r_mean` of all six R@k),
+  chance (the same keys), timing, num_truncated_captions, num_bad_records,
+  bad_records.
   """
   found = encodings.retrieval_set
   metrics, chance = {}, {}
@@ -467,13 +541,15 @@ def report(
     chance |= {f"{direction}_{name}": v for name, v in expected.items()}
   for table in (metrics, chance):
     shares = [v for name, v in table.items() if "median" not in name]
+    table["mean_r1"] = (table["i2t_r1"] + table["t2i_r1"]) / 2
     table["r_mean"] = sum(shares) / len(shares)
   timing: dict[str, Any] = {"encode_seconds": round(encodings.seconds, 3)}
-  if protocol.rerank != "none":
-    timing["rerank_seconds"] = round(rankings.seconds, 3)
-    timing["num_pairs"] = rankings.num_pairs
-    if rankings.pairs_per_second is not None:
-      timing["pairs_per_second"] = round(rankings.pairs_per_second, 1)
+  fused = rankings.fused
+  if fused is not None:
+    timing["rerank_seconds"] = round(fused.seconds, 3)
+    timing["num_pairs"] = len(fused.pairs)
+    if fused.pairs_per_second is not None:
+      timing["pairs_per_second"] = round(fused.pairs_per_second, 1)
   return {
     "split": found.split,
     "num_images": found.num_images,
@@ -550,13 +626,16 @@ def evaluate(
     mesh=mesh,
     on_progress=on_progress,
   )
-  rankings = rank(
-    params,
-    encodings,
-    config=config,
-    protocol=protocol,
-    pair_batch_size=pair_batch_size,
-    mesh=mesh,
-    on_progress=on_progress,
-  )
+  fused = None
+  if protocol.rerank != "none":
+    fused = fuse(
+      params,
+      encodings,
+      config=config,
+      count=protocol.candidates,
+      pair_batch_size=pair_batch_size,
+      mesh=mesh,
+      on_progress=on_progress,
+    )
+  rankings = rank(encodings, protocol=protocol, fused=fused)
   return report(encodings, rankings, protocol=protocol)

@@ -1,0 +1,224 @@
+"""Result files: workdir/eval/TASK/{metrics,predictions}.json.
+
+One file holds many results. They are keyed by data set, split and protocol, so
+a result replaces only an older one of the same question:
+
+  results[data set][split][protocol] = {metrics, chance, protocol, lineage, ..}
+
+A result without lineage or with a number that is not finite is refused. What
+was not measured is absent, never 0 (systems.md 6.8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from glscl_jax import config as config_lib
+from glscl_jax.data import pairs
+
+METRICS = "metrics.json"
+PREDICTIONS = "predictions.json"
+LINEAGE_KEYS = (
+  "step",
+  "params_sha256",
+  "config_sha256",
+  "tokenizer_sha256",
+  "data_manifest_sha256",
+  "seed",
+  "training",
+  "regime",
+)
+
+
+class ResultError(ValueError):
+  """A result that must not be written, or a file that cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSet:
+  """What is evaluated on."""
+
+  name: str  # key in the result files
+  sha256: str  # of its manifest, which holds the hash of every file
+  split_sha256: Mapping[str, str]  # of the records of each split
+
+
+def identify(data_dir: str | os.PathLike[str]) -> DataSet:
+  """Name and fingerprint of a data directory."""
+  manifest = pairs.read_manifest(data_dir)
+  digest = pairs.sha256_of(pathlib.Path(data_dir) / pairs.MANIFEST)
+  name = pathlib.Path(data_dir).absolute().name
+  return DataSet(
+    name=f"{name}-{digest[:8]}",
+    sha256=digest,
+    split_sha256={
+      split: hash_split(manifest, split) for split in manifest["splits"]
+    },
+  )
+
+
+def hash_split(manifest: Mapping[str, Any], split: str) -> str:
+  """A hash of the records of a split, as the lineage of a run stores it."""
+  hashes = {
+    name: entry["sha256"]
+    for name, entry in manifest["files"].items()
+    if f"-{split}.array_record" in name
+  }
+  text = json.dumps(hashes, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_lineage(
+  *,
+  step: int,
+  params_sha256: str,
+  config: config_lib.Config,
+  training: Mapping[str, Any],
+  data: DataSet,
+  split: str,
+) -> dict[str, Any]:
+  """Where the weights come from and how they relate to this data set.
+
+  `regime` is "zero-shot" only when the lineage names its data and none of it
+  is a split of the data set evaluated; else it says what was seen.
+
+  Args:
+    step: optimizer steps the weights have seen.
+    params_sha256: fingerprint of the weights.
+    config: the run's.
+    training: the lineage stored with the weights.
+    data: the data set evaluated.
+    split: the split evaluated.
+  """
+  seen = data_seen(training)
+  if data.split_sha256[split] in seen:
+    regime = "training data"
+  elif seen & set(data.split_sha256.values()):
+    regime = "held-out split of the training data"
+  elif seen:
+    regime = "zero-shot"
+  else:
+    regime = "unknown: the weights do not say what they were trained on"
+  return {
+    "step": step,
+    "params_sha256": params_sha256,
+    "config_sha256": config_lib.sha256(config),
+    "tokenizer_sha256": training["tokenizer_sha256"],
+    "data_manifest_sha256": data.sha256,
+    "seed": config.train.seed,
+    "training": dict(training),
+    "regime": regime,
+  }
+
+
+def data_seen(training: Mapping[str, Any]) -> frozenset[str]:
+  """Hashes of all splits the weights have seen, those of parents included."""
+  found = set()
+  for key, value in training.items():
+    if key == "data_sha256" and value:
+      found.add(value)
+    elif isinstance(value, Mapping):
+      found |= data_seen(value)
+    elif isinstance(value, list | tuple):
+      for item in value:
+        if isinstance(item, Mapping):
+          found |= data_seen(item)
+  return frozenset(found)
+
+
+def protocol_key(protocol: Mapping[str, Any]) -> str:
+  """A short name of a protocol, such as "itm_k128" or "none_all_captions"."""
+  parts = [protocol["rerank"]]
+  if "rerank_k" in protocol:
+    parts.append(f"k{protocol['rerank_k']}")
+  if "itc_weight" in protocol:
+    parts.append(f"w{protocol['itc_weight']:g}")
+  if protocol["captions"] != "first":
+    parts.append(f"{protocol['captions']}_captions")
+  return "_".join(parts)
+
+
+def write(
+  directory: pathlib.Path,
+  *,
+  task: str,
+  data: DataSet,
+  result: Mapping[str, Any],
+  predictions: Mapping[str, Any],
+) -> None:
+  """Adds one result to the files of `directory`; replaces its own kind only.
+
+  Args:
+    directory: made when missing.
+    task: such as "retrieval".
+    data: the data set evaluated.
+    result: needs split, protocol, metrics, chance and lineage.
+    predictions: the best candidates of every query.
+
+  Raises:
+    ResultError: lineage is incomplete or a number is not finite.
+  """
+  missing = [
+    key
+    for key in LINEAGE_KEYS
+    if "lineage" not in result or key not in result["lineage"]
+  ]
+  if missing:
+    raise ResultError(f"no lineage {missing}: the result is not written")
+  _check_finite(result, "result")
+  place = (data.name, result["split"], protocol_key(result["protocol"]))
+  directory.mkdir(parents=True, exist_ok=True)
+  for name, entry in ((METRICS, result), (PREDICTIONS, predictions)):
+    tree = read(directory / name)
+    tree["task"] = task
+    node = tree["results"]
+    for key in place[:-1]:
+      node = node.setdefault(key, {})
+    node[place[-1]] = dict(entry)
+    # Predictions are for programs: without line breaks half the size.
+    _write_json(directory / name, tree, indent=1 if name == METRICS else None)
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a result file; {"results": {}} where there is none yet.
+
+  Raises:
+    ResultError: the file is not one.
+  """
+  if not path.is_file():
+    return {"results": {}}
+  try:
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    tree["results"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ResultError(
+      f"{path} is not a result file ({error!r}); move it away"
+    ) from error
+  return tree
+
+
+def _check_finite(value: Any, path: str) -> None:
+  if isinstance(value, Mapping):
+    for key, item in value.items():
+      _check_finite(item, f"{path}.{key}")
+  elif isinstance(value, list | tuple):
+    for i, item in enumerate(value):
+      _check_finite(item, f"{path}[{i}]")
+  elif isinstance(value, float) and not math.isfinite(value):
+    raise ResultError(f"{path} is {value}: the result is not written")
+
+
+def _write_json(
+  path: pathlib.Path, tree: Mapping[str, Any], *, indent: int | None
+) -> None:
+  text = json.dumps(tree, indent=indent, sort_keys=True, allow_nan=False)
+  scratch = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+  scratch.write_text(text + "\n", encoding="utf-8")
+  scratch.replace(path)

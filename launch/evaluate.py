@@ -1,0 +1,289 @@
+"""Measures a trained model on one task.
+
+  python launch/evaluate.py --workdir=DIR --task=retrieval
+  python launch/evaluate.py --workdir=DIR --data=OTHER --splits=test \
+      --rerank=none,itm --rerank_k=64
+
+DIR is a work dir of launch/train.py or a directory of launch/export.py. Writes
+metrics.json and predictions.json to DIR/eval/TASK; what is in them is in
+docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from glscl_jax import config as config_lib
+from glscl_jax import sharding
+from glscl_jax.data import pairs, retrieval_set, sources, tokenizer
+from glscl_jax.export import weights as weights_lib
+from glscl_jax.tasks import ranking, results, retrieval
+from glscl_jax.train import checkpoint, metrics
+
+# {seen, unseen studio} x {seen, unseen concept} of the emoji data.
+EMOJI_CELLS = (
+  "train",
+  "test_seen_studio_unseen_concept",
+  "test_unseen_studio_seen_concept",
+  "test_unseen_studio_unseen_concept",
+)
+
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Work dir of a run, or an export directory.", required=True
+)
+_TASK = flags.DEFINE_enum(
+  "task", "retrieval", ["retrieval"], "What to measure."
+)
+_DATA = flags.DEFINE_string(
+  "data", "", "Data directory (default: the one of the training)."
+)
+_SPLITS = flags.DEFINE_list(
+  "splits",
+  [],
+  "Splits (default: the four cells of the emoji data; elsewhere the only one).",
+)
+_RERANK = flags.DEFINE_list(
+  "rerank", ["none"], f"Any of {', '.join(retrieval.RERANKS)}."
+)
+_RERANK_K = flags.DEFINE_integer(
+  "rerank_k",
+  retrieval.DEFAULT_RERANK_K,
+  "Candidates a query that the fusion layers score.",
+  lower_bound=1,
+)
+_ITC_WEIGHT = flags.DEFINE_float(
+  "itc_weight", 1.0, "itm_plus_itc: weight of the cosine."
+)
+_CAPTIONS = flags.DEFINE_enum(
+  "captions", "first", ["first", "all"], "Captions of a record that count."
+)
+_STEP = flags.DEFINE_string(
+  "step",
+  "auto",
+  "best (by validation), latest, a number, or auto: best if the run was "
+  "validated, else latest.",
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", "", "Where the results go (default: WORKDIR/eval/TASK)."
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 64, "Images or captions a call.", lower_bound=1
+)
+_PAIR_BATCH_SIZE = flags.DEFINE_integer(
+  "pair_batch_size", 256, "Pairs a call of the fusion layers.", lower_bound=1
+)
+
+_ERRORS = (
+  weights_lib.WeightsError,
+  checkpoint.CheckpointError,
+  pairs.DataError,
+  retrieval_set.RetrievalSetError,
+  retrieval.RetrievalError,
+  ranking.RankingError,
+  results.ResultError,
+  tokenizer.TokenizerError,
+  config_lib.ConfigError,
+)
+
+
+class Progress:
+  """One line a stage with the time left; rewritten in place on a terminal."""
+
+  def __init__(self, label: str):
+    self._label = label
+    self._stage = ""
+    self._started = self._said = 0.0
+    self._first = 0
+
+  def __call__(self, stage: str, done: int, total: int) -> None:
+    """Says how far `stage` is; off a terminal at most every ten seconds."""
+    now = time.monotonic()
+    if stage != self._stage:
+      # The first batch compiles: the rate is that of those after it.
+      self._stage, self._started, self._first = stage, now, done
+      self._said = now
+    live = sys.stdout.isatty()
+    if not live and done < total and now - self._said < 10:
+      return
+    self._said = now
+    rate = (done - self._first) / max(now - self._started, 1e-9)
+    left = metrics.format_duration((total - done) / rate) if rate else "unknown"
+    text = f"{self._label}: {stage} {done}/{total}, eta {left}"
+    end = "\n" if done == total or not live else ""
+    print(f"\r{text}\x1b[K" if live else text, end=end, flush=True)
+
+
+def choose_splits(data_dir: str, asked: list[str]) -> list[str]:
+  """The splits asked for, or the ones that stand for this data.
+
+  Raises:
+    DataError: an unknown split, or several to choose from.
+  """
+  there = sources.splits(data_dir)
+  for split in asked:
+    if split not in there:
+      raise pairs.DataError(
+        f"{data_dir}: no split {split!r}; it has {sorted(there)}"
+      )
+  if asked:
+    return asked
+  if set(EMOJI_CELLS) <= set(there):
+    return list(EMOJI_CELLS)
+  if len(there) == 1:
+    return list(there)
+  raise pairs.DataError(
+    f"{data_dir} has the splits {sorted(there)}: say which with --splits"
+  )
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+  """A small table: each number with chance beside it."""
+  protocol, numbers = result["protocol"], result["metrics"]
+  title = (
+    f"{result['split']}: {result['num_images']} images, "
+    f"{result['num_captions']} captions, "
+    f"{results.protocol_key(protocol)} ({result['lineage']['regime']})"
+  )
+  names = ("r1", "r5", "r10", "median_rank")
+  lines = [title, "        " + "".join(f"{n:>18}" for n in names)]
+  for direction in retrieval.DIRECTIONS:
+    cells = []
+    for name in names:
+      value = numbers[f"{direction}_{name}"]
+      chance = result["chance"][f"{direction}_{name}"]
+      share = name != "median_rank"
+      cells.append(
+        f"{value:.4f} ({chance:.4f})" if share else f"{value:g} ({chance:g})"
+      )
+    lines.append(f"  {direction}   " + "".join(f"{c:>18}" for c in cells))
+  timing = result["timing"]
+  if "num_pairs" in timing:
+    rate = (
+      f", {timing['pairs_per_second']:g} pairs/s"
+      if "pairs_per_second" in timing
+      else ""
+    )
+    lines.append(
+      f"  {timing['num_pairs']} pairs re-ranked in "
+      f"{timing['rerank_seconds']:g} s{rate}"
+    )
+  if result["num_bad_records"]:
+    shown = "; ".join(result["bad_records"][:3])
+    lines.append(f"  {result['num_bad_records']} bad records left out: {shown}")
+  return "\n".join(lines)
+
+
+def evaluate(
+  model: weights_lib.Weights,
+  *,
+  data_dir: str,
+  splits: list[str],
+  protocols: list[retrieval.Protocol],
+  output: pathlib.Path,
+  batch_size: int,
+  pair_batch_size: int,
+) -> None:
+  """Measures all splits by all protocols; writes after each."""
+  text_tokenizer = tokenizer.load(model.tokenizer_path)
+  tokenizer.check_vocab(model.config, text_tokenizer)
+  data = results.identify(data_dir)
+  fingerprint = weights_lib.params_sha256(model.params)
+  mesh, params = None, model.params
+  if jax.device_count() > 1:
+    mesh = sharding.make_mesh(config_lib.MeshConfig())
+    params = jax.device_put(params, sharding.replicated(mesh))
+  else:
+    params = jax.device_put(params)
+  for number, split in enumerate(splits, 1):
+    progress = Progress(f"[{number}/{len(splits)}] {split}")
+    encodings = retrieval.encode(
+      params,
+      retrieval_set.read(data_dir, split, captions=protocols[0].captions),
+      config=model.config,
+      tokenizer=text_tokenizer,
+      batch_size=batch_size,
+      keep_tokens=any(p.rerank != "none" for p in protocols),
+      mesh=mesh,
+      on_progress=progress,
+    )
+    fused: dict[int | None, retrieval.Fused] = {}
+    for protocol in protocols:
+      count = protocol.candidates
+      if protocol.rerank != "none" and count not in fused:
+        fused[count] = retrieval.fuse(
+          params,
+          encodings,
+          config=model.config,
+          count=count,
+          pair_batch_size=pair_batch_size,
+          mesh=mesh,
+          on_progress=progress,
+        )
+      rankings = retrieval.rank(
+        encodings,
+        protocol=protocol,
+        fused=None if protocol.rerank == "none" else fused[count],
+      )
+      result = retrieval.report(encodings, rankings, protocol=protocol)
+      result["lineage"] = results.make_lineage(
+        step=model.step,
+        params_sha256=fingerprint,
+        config=model.config,
+        training=model.lineage,
+        data=data,
+        split=split,
+      )
+      if jax.process_index() == 0:
+        results.write(
+          output,
+          task="retrieval",
+          data=data,
+          result=result,
+          predictions=retrieval.predictions(encodings, rankings),
+        )
+        print(format_result(result), flush=True)
+
+
+def main(argv: list[str]) -> None:
+  """Reads the flags, measures, and ends with one line on a mistake."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}")
+  try:
+    protocols = [
+      retrieval.Protocol(
+        rerank=rerank,
+        rerank_k=_RERANK_K.value,
+        itc_weight=_ITC_WEIGHT.value,
+        captions=_CAPTIONS.value,
+      )
+      for rerank in _RERANK.value
+    ]
+    model = weights_lib.open_weights(_WORKDIR.value, step=_STEP.value)
+    print(f"{_WORKDIR.value}: step {model.step}", flush=True)
+    data_dir = _DATA.value or model.config.data.dir
+    output = pathlib.Path(
+      _OUTPUT.value or pathlib.Path(_WORKDIR.value) / "eval" / _TASK.value
+    )
+    evaluate(
+      model,
+      data_dir=data_dir,
+      splits=choose_splits(data_dir, _SPLITS.value),
+      protocols=protocols,
+      output=output,
+      batch_size=_BATCH_SIZE.value,
+      pair_batch_size=_PAIR_BATCH_SIZE.value,
+    )
+    print(f"wrote {output / results.METRICS}")
+  except _ERRORS as error:
+    sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,272 @@
+"""Retrieval end to end on a tiny data directory and a random tiny model."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from glscl_jax import config as config_lib
+from glscl_jax import sharding
+from glscl_jax.data import retrieval_set, tokenizer
+from glscl_jax.systems import glscl
+from glscl_jax.tasks import ranking, retrieval
+from tests import tiny
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  data_dir: str
+  config: config_lib.Config
+  params: dict
+  tokenizer: tokenizer.Tokenizer
+
+  def encode(self, split="test", captions="all", **options):
+    return retrieval.encode(
+      self.params,
+      retrieval_set.read(self.data_dir, split, captions=captions),
+      config=self.config,
+      tokenizer=self.tokenizer,
+      batch_size=5,
+      keep_tokens=True,
+      **options,
+    )
+
+  def fuse(self, encodings, count, **options):
+    return retrieval.fuse(
+      self.params,
+      encodings,
+      config=self.config,
+      count=count,
+      pair_batch_size=7,
+      **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  """Nine pictures; three names twice, so relevance is not diagonal."""
+  names = tiny.NAMES
+  rows = [
+    tiny.record("test", i, (names[i % 6], f"{names[i % 6]} in ink {i}"))
+    for i in range(9)
+  ]
+  data_dir = tmp_path_factory.mktemp("retrieval") / "data"
+  tiny.write_data(data_dir, {"test": rows})
+  config = tiny.config(data_dir)
+  return Model(
+    data_dir=str(data_dir),
+    config=config,
+    params=tiny.params(config),
+    tokenizer=tokenizer.load(data_dir / "tokenizer.model"),
+  )
+
+
+@pytest.fixture(scope="module")
+def encodings(model):
+  return model.encode()
+
+
+def all_scores(model, encodings):
+  """The ITM logit difference of every pair, one pair a call."""
+  scores = np.zeros(encodings.cosine_UZ.shape, np.float32)
+  match = jax.jit(
+    lambda *arrays: glscl.match_scores(
+      model.params, *arrays, config=model.config
+    )
+  )
+  for i, row in enumerate(encodings.image_row_U):
+    for j in range(scores.shape[1]):
+      scores[i, j] = match(
+        encodings.text_tokens[j : j + 1],
+        encodings.text_valid[j : j + 1],
+        encodings.image_tokens[row : row + 1],
+      )[0]
+  return scores
+
+
+def test_several_captions_an_image_and_images_a_caption_are_kept(encodings):
+  relevant = encodings.retrieval_set.relevant_UZ
+  assert relevant.shape == (9, 15)
+  assert set(relevant.sum(1)) == {2}
+  assert set(relevant.sum(0)) == {1, 2}
+
+
+def test_cosines_are_those_of_the_model_one_by_one(model, encodings):
+  found = encodings.retrieval_set
+  for i, j in ((0, 0), (8, 3), (4, 14)):
+    batch = next(
+      retrieval_set.image_batches(
+        dataclasses.replace(
+          found,
+          record_U=found.record_U[i : i + 1],
+          image_names=found.image_names[i : i + 1],
+        ),
+        batch_size=1,
+        image_size=32,
+      )
+    )
+    tokens = model.tokenizer.encode(found.captions[j], 20)
+    text, image = glscl.contrastive_vectors(
+      model.params,
+      glscl.encode_text(
+        model.params,
+        tokens.ids_T[None],
+        tokens.valid_T[None],
+        config=model.config,
+      ),
+      glscl.encode_image(model.params, batch.image_BYXC, config=model.config),
+      config=model.config,
+    )
+    expected = float((text * image).sum())
+    assert encodings.cosine_UZ[i, j] == pytest.approx(expected, abs=1e-5)
+
+
+def test_fused_pairs_are_scored_as_one_by_one(model, encodings):
+  expected = all_scores(model, encodings)
+  fused = model.fuse(encodings, 4)
+  np.testing.assert_allclose(
+    fused.scores, expected.ravel()[fused.pairs], atol=2e-5
+  )
+  assert len(np.unique(fused.pairs)) == len(fused.pairs) < expected.size
+
+
+def test_reranking_with_all_candidates_equals_the_exhaustive_ranking(
+  model, encodings
+):
+  scores = all_scores(model, encodings)
+  relevant = encodings.retrieval_set.relevant_UZ
+  for rerank in ("itm", "full"):
+    protocol = retrieval.Protocol(rerank=rerank, rerank_k=1000)
+    fused = model.fuse(encodings, protocol.candidates)
+    assert len(fused.pairs) == scores.size
+    found = retrieval.rank(encodings, protocol=protocol, fused=fused)
+    np.testing.assert_array_equal(
+      found.i2t.rank_Q, ranking.ranks(scores, relevant)
+    )
+    np.testing.assert_array_equal(
+      found.t2i.rank_Q, ranking.ranks(scores.T, relevant.T)
+    )
+
+
+def test_itm_plus_itc_adds_the_weighted_cosine(model, encodings):
+  scores = all_scores(model, encodings) + 3.0 * encodings.cosine_UZ
+  protocol = retrieval.Protocol(
+    rerank="itm_plus_itc", rerank_k=1000, itc_weight=3.0
+  )
+  found = retrieval.rank(
+    encodings, protocol=protocol, fused=model.fuse(encodings, 1000)
+  )
+  np.testing.assert_array_equal(
+    found.i2t.rank_Q,
+    ranking.ranks(scores, encodings.retrieval_set.relevant_UZ),
+  )
+
+
+def test_one_candidate_keeps_the_best_by_cosine_first(model, encodings):
+  plain = retrieval.rank(encodings, protocol=retrieval.Protocol())
+  protocol = retrieval.Protocol(rerank="itm", rerank_k=1)
+  found = retrieval.rank(
+    encodings, protocol=protocol, fused=model.fuse(encodings, 1)
+  )
+  np.testing.assert_array_equal(found.i2t.rank_Q == 1, plain.i2t.rank_Q == 1)
+  np.testing.assert_array_equal(found.t2i.top_QJ[:, 0], plain.t2i.top_QJ[:, 0])
+
+
+def test_a_collapsed_model_scores_zero(model):
+  zero = jax.tree.map(np.zeros_like, model.params)
+  for protocol in (
+    retrieval.Protocol(captions="all"),
+    retrieval.Protocol(rerank="full", captions="all"),
+  ):
+    result = retrieval.evaluate(
+      zero,
+      model.config,
+      model.tokenizer,
+      model.data_dir,
+      "test",
+      protocol=protocol,
+    )
+    assert result["metrics"]["i2t_r1"] == result["metrics"]["t2i_r1"] == 0
+    assert result["metrics"]["i2t_median_rank"] == 14  # all but its other one
+
+
+def test_a_mesh_gives_the_ranks_of_one_device(model, encodings):
+  mesh = sharding.make_mesh(config_lib.MeshConfig(data=-1, fsdp=2))
+  params = jax.device_put(model.params, sharding.replicated(mesh))
+  spread = dataclasses.replace(model, params=params)
+  found = spread.encode(mesh=mesh)
+  np.testing.assert_allclose(found.cosine_UZ, encodings.cosine_UZ, atol=1e-5)
+  fused = spread.fuse(found, 4, mesh=mesh)
+  here = model.fuse(encodings, 4)
+  np.testing.assert_array_equal(fused.pairs, here.pairs)
+  np.testing.assert_allclose(fused.scores, here.scores, atol=2e-5)
+
+
+def test_the_report_states_protocol_sizes_chance_and_cost(model, encodings):
+  protocol = retrieval.Protocol(rerank="itm", rerank_k=4, captions="all")
+  fused = model.fuse(encodings, 4)
+  found = retrieval.report(
+    encodings,
+    retrieval.rank(encodings, protocol=protocol, fused=fused),
+    protocol=protocol,
+  )
+  assert found["protocol"]["rerank"] == "itm"
+  assert found["protocol"]["rerank_k"] == 4
+  assert found["protocol"]["ties"] == "count against the model"
+  assert (found["num_images"], found["num_captions"]) == (9, 15)
+  assert found["metrics"].keys() == found["chance"].keys()
+  assert found["chance"]["i2t_r1"] == pytest.approx(2 / 15)
+  assert found["timing"]["num_pairs"] == len(fused.pairs)
+  assert found["timing"]["pairs_per_second"] > 0
+
+
+def test_predictions_name_the_ten_best_and_the_rank(encodings):
+  rankings = retrieval.rank(encodings, protocol=retrieval.Protocol())
+  found = retrieval.predictions(encodings, rankings)
+  assert [q["query"] for q in found["i2t"]] == list(
+    encodings.retrieval_set.image_names
+  )
+  for query in found["i2t"]:
+    scores = [item["score"] for item in query["top"]]
+    assert len(scores) == 10 and scores == sorted(scores, reverse=True)
+    matches = [item["match"] for item in query["top"]]
+    first = matches.index(True) + 1 if any(matches) else math.inf
+    assert first == query["rank"] or query["rank"] > 10 == len(matches)
+  assert any(query["rank"] <= 10 for query in found["i2t"])
+
+
+def test_progress_reaches_the_total_of_each_stage(model):
+  seen = {}
+  encodings = model.encode(
+    on_progress=lambda stage, done, total: seen.update({stage: (done, total)})
+  )
+  fused = model.fuse(
+    encodings,
+    3,
+    on_progress=lambda stage, done, total: seen.update({stage: (done, total)}),
+  )
+  assert seen == {
+    "images": (9, 9),
+    "captions": (15, 15),
+    "pairs": (len(fused.pairs),) * 2,
+  }
+
+
+def test_a_model_with_nan_is_refused(model):
+  broken = jax.tree.map(lambda x: x * math.nan, model.params)
+  with pytest.raises(retrieval.RetrievalError, match="not finite"):
+    dataclasses.replace(model, params=broken).encode()
+
+
+def test_a_model_without_the_head_is_refused(model):
+  objectives = dataclasses.replace(model.config.objectives, itc=0.0)
+  config = dataclasses.replace(model.config, objectives=objectives)
+  with pytest.raises(retrieval.RetrievalError, match="objectives.itc = 0"):
+    dataclasses.replace(model, config=config).encode()
+
+
+def test_an_unknown_protocol_is_refused():
+  with pytest.raises(retrieval.RetrievalError, match="rerank='best'"):
+    retrieval.Protocol(rerank="best")
