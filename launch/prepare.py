@@ -99,6 +99,9 @@ def main(argv: list[str]) -> None:
     manifest = _prepare()
   except (emoji.FetchError, pairs.DataError, tokenizer.TokenizerError) as error:
     sys.exit(f"prepare: {error}")
+  except KeyboardInterrupt:
+    print("prepare: stopped; the same command begins again", file=sys.stderr)
+    sys.exit(130)
   print(prepare.describe(_OUTPUT.value, manifest))
 
 

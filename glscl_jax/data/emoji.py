@@ -37,6 +37,9 @@ class Package:
     return f"{flat}-{self.version}.tgz"
 
 
+RULES = 1  # raised when matching, captions or splits change: data made by
+# other rules is made again
+
 STUDIOS: Mapping[str, Package] = {
   "noto": Package(
     name="@iconify-json/noto",

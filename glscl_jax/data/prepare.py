@@ -72,6 +72,7 @@ def prepare_emoji(
   packages = (*studios.values(), *texts)
   source = {
     "kind": "emoji",
+    "rules": emoji.RULES,
     "packages": {
       f"{package.name}@{package.version}": package.sha256
       for package in packages
