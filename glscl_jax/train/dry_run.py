@@ -16,7 +16,7 @@ import jax
 
 from glscl_jax import config as config_lib
 from glscl_jax.data import pipeline
-from glscl_jax.models import flops
+from glscl_jax.systems import flops
 from glscl_jax.train import checkpoint, loop, metrics
 from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib

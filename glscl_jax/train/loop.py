@@ -37,7 +37,7 @@ from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.data import pairs, pipeline, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
-from glscl_jax.models import flops
+from glscl_jax.systems import flops
 from glscl_jax.train import checkpoint, metrics
 from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib

@@ -1,0 +1,209 @@
+"""FLOPs of a training step for one sample, from the configuration alone.
+
+A step counts as three forward passes: the backward pass computes a product
+for the gradient of each operand. Recomputation (remat) is not work of the
+model and does not count, and neither do the similarities of the contrastive
+losses, which are below 0.1 % at paper size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from glscl_jax.config import Config
+from glscl_jax.data import masking
+from glscl_jax.models import flops
+from glscl_jax.systems import glscl
+
+BACKWARD = 2  # products of the backward pass for one of the forward pass
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forward:
+  """Forward FLOPs of one sample, by part."""
+
+  image: float
+  text: float
+  fusion: float
+  heads: float
+
+  @property
+  def total(self) -> float:
+    return self.image + self.text + self.fusion + self.heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """Tokens of each version, and how many rows each row name stands for."""
+
+  image: dict[str, int]
+  text: int
+  text_rows: dict[str, int]
+  image_rows: dict[str, int]
+
+
+def make_sizes(config: Config) -> Sizes:
+  """What the data pipeline makes for this configuration."""
+  num_patches = config.model.vision.num_patches
+  mask, length = config.masking, config.model.text.max_length
+  full = 1 + num_patches
+  return Sizes(
+    image={
+      "full": full,
+      "itm": full,
+      "token": full,
+      "drop": 1 + masking.num_kept(num_patches, mask.image_drop_ratio),
+    },
+    text=length,
+    text_rows={
+      "class": 1,
+      "mlm": masking.mlm_slots(
+        length,
+        rate=mask.mlm_rate,
+        whole_word=mask.mlm_whole_word,
+        padded_draw=mask.mlm_padded_draw,
+      ),
+      "scl": masking.completion_slots(
+        length,
+        rate=mask.completion_text_rate,
+        with_replacement=mask.text_mask_with_replacement,
+      ),
+    },
+    image_rows={
+      "class": 1,
+      "token": masking.num_hidden(num_patches, mask.image_token_ratio),
+    },
+  )
+
+
+def image_encoding(config: Config, tokens: int) -> int:
+  """One version of an image, without its patch embedding."""
+  vision = config.model.vision
+  return flops.encoder(vision.width, vision.depth, tokens) + flops.linear(
+    tokens, vision.width, config.model.fusion.width
+  )
+
+
+def text_encoding(config: Config) -> int:
+  """One version of a text."""
+  text = config.model.text
+  return flops.encoder(text.width, text.depth, text.max_length) + flops.linear(
+    text.max_length, text.width, config.model.fusion.width
+  )
+
+
+def embedding(config: Config) -> int:
+  """The patches of one image, embedded once for all of its versions."""
+  vision = config.model.vision
+  return flops.patch_embedding(
+    vision.width, vision.patch_size, vision.num_patches
+  )
+
+
+def forward(config: Config) -> Forward:
+  """What `systems/glscl.py` computes: each version and each pass once."""
+  model, objectives = config.model, config.objectives
+  sizes, plan = make_sizes(config), glscl.make_plan(objectives)
+  image = float(embedding(config))
+  for version in plan.image_versions:
+    if version != "itm":
+      image += image_encoding(config, sizes.image[version])
+  if "itm" in plan.image_versions and objectives.itm_negatives == "dataset":
+    group = min(objectives.neg_group, config.data.batch_size)
+    false_share = (group - group // 2) / group
+    image += false_share * (
+      embedding(config) + image_encoding(config, sizes.image["itm"])
+    )
+  fusion = 0.0
+  for fused in plan.passes:
+    image_length = sizes.image[fused.image]
+    fusion += (model.fusion.depth - 1) * flops.co_attention(
+      sizes.text, image_length, model.fusion.width
+    )
+    fusion += last_layer(
+      config,
+      image_length,
+      text_rows=sum(sizes.text_rows[name] for name in plan.text_rows[fused]),
+      image_rows=sum(sizes.image_rows[name] for name in plan.image_rows[fused]),
+    )
+  return Forward(
+    image=image,
+    text=float(len(plan.text_versions) * text_encoding(config)),
+    fusion=fusion,
+    heads=heads(config, mlm_rows=sizes.text_rows["mlm"]),
+  )
+
+
+def last_layer(
+  config: Config, image_length: int, *, text_rows: int, image_rows: int
+) -> int:
+  """The last fusion layer of one pass, for the rows that losses read."""
+  text_length, width = config.model.text.max_length, config.model.fusion.width
+  if not config.model.fusion.restrict_last_layer:
+    return flops.co_attention(text_length, image_length, width)
+  return flops.cross_block(
+    text_rows, text_length, image_length, width
+  ) + flops.cross_block(image_rows, image_length, text_length, width)
+
+
+def heads(config: Config, *, mlm_rows: int) -> float:
+  """The heads of the active objectives; completion losses have none."""
+  model, width = config.model, config.model.fusion.width
+  parts = {
+    "mlm": flops.vocabulary_head(mlm_rows, width, model.text.vocab_size),
+    "itm": flops.match_head(width),
+    "itc": 2 * flops.joint_projection(width, model.joint_width),
+  }
+  active = glscl.active_objectives(config.objectives)
+  return float(sum(parts[name] for name in parts if name in active))
+
+
+def published_forward(config: Config) -> Forward:
+  """The same objectives as the published code computes them (4.1.4).
+
+  Every pass encodes its image and its text again, all rows go through the
+  last layer, all text positions through the vocabulary head.
+  """
+  weights, sizes = config.objectives, make_sizes(config)
+  completes = max(
+    weights.mgsc_image,
+    weights.mgsc_text,
+    weights.mltc_image,
+    weights.mltc_text,
+  )
+  fused = [
+    sizes.image[version]
+    for version, weight in (
+      ("itm", weights.itm),
+      ("full", weights.mlm),
+      ("drop", completes),
+      ("full", completes),
+      ("token", weights.mltc_image),
+    )
+    if weight > 0
+  ]
+  encoded = fused + ([sizes.image["full"]] if weights.itc > 0 else [])
+  fusion = config.model.fusion
+  return Forward(
+    image=float(
+      sum(embedding(config) + image_encoding(config, n) for n in encoded)
+    ),
+    text=float(len(encoded) * text_encoding(config)),
+    fusion=float(
+      sum(
+        fusion.depth * flops.co_attention(sizes.text, n, fusion.width)
+        for n in fused
+      )
+    ),
+    heads=heads(config, mlm_rows=sizes.text),
+  )
+
+
+def flops_per_sample(config: Config) -> float:
+  """Model FLOPs of one sample of a step, forward and backward."""
+  return (1 + BACKWARD) * forward(config).total
+
+
+def published_flops_per_sample(config: Config) -> float:
+  """The same for the published code's way to compute the same losses."""
+  return (1 + BACKWARD) * published_forward(config).total
