@@ -292,9 +292,10 @@ def from_scl(arrays: Mapping[str, np.ndarray], like: Params) -> Params:
 
 
 def _raise(problems: list[str]) -> None:
-  if problems:
+  lines = dict.fromkeys(problems)  # query, key and value share an array
+  if lines:
     raise WeightsError(
-      "the checkpoint does not fit this model:\n  " + "\n  ".join(problems)
+      "the checkpoint does not fit this model:\n  " + "\n  ".join(lines)
     )
 
 
