@@ -1,0 +1,17 @@
+"""GLSCL at the paper's size: ViT-B/16 at 288 px, RoBERTa-base, 6+6 fusion.
+
+`--config=configs/glscl_base.py:ablation` (COCO + VG, 15,000 steps) or `:main`
+(COCO + VG + SBU + CC3M, 100,000 steps). Parameters start from CLIP ViT-B/16
+and RoBERTa-base in the paper; set `train.init_from` to weights you hold.
+"""
+
+from glscl_jax import config as config_lib
+
+STEPS = {"ablation": 15_000, "main": 100_000}  # code: SCL@cd0d819
+
+
+def get_config(recipe: str = "main"):
+  """The defaults of glscl_jax/config.py are this system's paper values."""
+  config = config_lib.to_config_dict(config_lib.Config())
+  config.train.num_steps = STEPS[recipe]
+  return config

@@ -1,0 +1,17 @@
+"""SCL (2211.13437): GLSCL without local token completion.
+
+Arguments as for configs/glscl_base.py.
+"""
+
+from glscl_jax import config as config_lib
+
+STEPS = {"ablation": 15_000, "main": 100_000}  # code: SCL@cd0d819
+
+
+def get_config(recipe: str = "main"):
+  """The defaults, with MLTC and its pass switched off."""
+  config = config_lib.to_config_dict(config_lib.Config())
+  config.objectives.mltc_image = 0.0
+  config.objectives.mltc_text = 0.0
+  config.train.num_steps = STEPS[recipe]
+  return config
