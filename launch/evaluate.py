@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from glscl_jax import config as config_lib
 from glscl_jax import sharding
@@ -255,6 +255,7 @@ def main(argv: list[str]) -> None:
   """Reads the flags, measures, and ends with one line on a mistake."""
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
+  logging.set_verbosity(logging.WARNING)  # of the libraries
   try:
     protocols = [
       retrieval.Protocol(

@@ -13,7 +13,7 @@ import pathlib
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, tokenizer
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
   """Exports, reads back, and ends with one line on a mistake."""
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}")
+  logging.set_verbosity(logging.WARNING)  # of the libraries
   try:
     model = weights_lib.open_weights(_WORKDIR.value, step=_STEP.value)
     validation = {"validation": model.metrics} if model.metrics else {}

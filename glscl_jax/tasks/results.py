@@ -46,6 +46,7 @@ class DataSet:
   """What is evaluated on."""
 
   name: str  # key in the result files
+  path: str  # absolute
   sha256: str  # of its manifest, which holds the hash of every file
   split_sha256: Mapping[str, str]  # of the records of each split
 
@@ -54,9 +55,10 @@ def identify(data_dir: str | os.PathLike[str]) -> DataSet:
   """Name and fingerprint of a data directory."""
   manifest = pairs.read_manifest(data_dir)
   digest = pairs.sha256_of(pathlib.Path(data_dir) / pairs.MANIFEST)
-  name = pathlib.Path(data_dir).absolute().name
+  path = pathlib.Path(data_dir).absolute()
   return DataSet(
-    name=f"{name}-{digest[:8]}",
+    name=f"{path.name}-{digest[:8]}",
+    path=str(path),
     sha256=digest,
     split_sha256={
       split: hash_split(manifest, split) for split in manifest["splits"]
@@ -97,11 +99,13 @@ def make_lineage(
     data: the data set evaluated.
     split: the split evaluated.
   """
-  seen = data_seen(training)
+  seen = _collect(training, "data_sha256")
   if data.split_sha256[split] in seen:
     regime = "training data"
   elif seen & set(data.split_sha256.values()):
     regime = "held-out split of the training data"
+  elif data.path in _collect(training, "data_dir"):
+    regime = "unknown: the directory was changed after the training"
   elif seen:
     regime = "zero-shot"
   else:
@@ -118,18 +122,14 @@ def make_lineage(
   }
 
 
-def data_seen(training: Mapping[str, Any]) -> frozenset[str]:
-  """Hashes of all splits the weights have seen, those of parents included."""
+def _collect(training: Mapping[str, Any], key: str) -> frozenset[str]:
+  """Values of a key in a lineage and in those of all its parents."""
   found = set()
-  for key, value in training.items():
-    if key == "data_sha256" and value:
+  for name, value in training.items():
+    if name == key and value:
       found.add(value)
     elif isinstance(value, Mapping):
-      found |= data_seen(value)
-    elif isinstance(value, list | tuple):
-      for item in value:
-        if isinstance(item, Mapping):
-          found |= data_seen(item)
+      found |= _collect(value, key)
   return frozenset(found)
 
 

@@ -569,13 +569,19 @@ def predictions(
 ) -> dict[str, list[dict[str, Any]]]:
   """The best candidates of every query, both directions: JSON-able.
 
-  A re-ranked query lists scored candidates only.
+  A query holds its rank, one right answer (that of best cosine) and `top`; a
+  re-ranked query lists scored candidates only.
   """
   found = encodings.retrieval_set
   names, texts = found.image_names, found.captions
+  right_UZ = np.where(found.relevant_UZ, encodings.cosine_UZ, -np.inf)
   return {
-    "i2t": _describe(rankings.i2t, names, texts, found.relevant_UZ),
-    "t2i": _describe(rankings.t2i, texts, names, found.relevant_UZ.T),
+    "i2t": _describe(
+      rankings.i2t, names, texts, found.relevant_UZ, right_UZ.argmax(1)
+    ),
+    "t2i": _describe(
+      rankings.t2i, texts, names, found.relevant_UZ.T, right_UZ.argmax(0)
+    ),
   }
 
 
@@ -584,11 +590,13 @@ def _describe(
   queries: tuple[str, ...],
   candidates: tuple[str, ...],
   relevant_QA: np.ndarray,
+  right_Q: np.ndarray,
 ) -> list[dict[str, Any]]:
   return [
     {
       "query": query,
       "rank": int(found.rank_Q[q]),
+      "right": candidates[right_Q[q]],
       "top": [
         {
           "id": candidates[a],
