@@ -1,0 +1,292 @@
+"""InfoNCE against a slow version written from its equation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glscl_jax.objectives import contrastive
+
+# One compiled program a setting is cheaper than operation by operation.
+info_nce = jax.jit(
+  contrastive.info_nce, static_argnames=("same_image", "group", "reduce")
+)
+IDS = np.array([4, 4, 7, 2, 7, 4], np.int32)
+
+
+def slow_info_nce(query, key, tau, *, valid, image_id, sample, same, group):
+  """Plain loops over pairs, float64, sum of both directions."""
+  query, key = (
+    v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-8)
+    for v in (np.asarray(query, float), np.asarray(key, float))
+  )
+  losses = []
+  for start in range(0, len(query), group):
+    rows = [i for i in range(start, start + group) if valid[i]]
+    total = 0.0
+    for a, b in ((query, key), (key, query)):
+      for i in rows:
+
+        def twin(j, i=i):
+          return image_id[i] == image_id[j] and sample[i] != sample[j]
+
+        ignored = [j for j in rows if same == "ignore" and twin(j)]
+        columns = [j for j in rows if j not in ignored]
+        logits = {j: a[i] @ b[j] / tau for j in columns}
+        top = max(logits.values())
+        log_sum = top + np.log(sum(np.exp(v - top) for v in logits.values()))
+        targets = [
+          j for j in columns if j == i or (same == "positive" and twin(j))
+        ]
+        total += np.mean([log_sum - logits[j] for j in targets]) / len(rows)
+    losses.append(total)
+  return np.mean(losses)
+
+
+def pairs(rows=6, width=8, seed=0):
+  rng = np.random.default_rng(seed)
+  query = rng.standard_normal((rows, width)).astype(np.float32)
+  return query, (query + rng.standard_normal(query.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("same", ["none", "ignore", "positive"])
+@pytest.mark.parametrize("group", [None, 3, 2])
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("tau", [1.0, 0.03])
+def test_info_nce_equals_the_loop_over_pairs(same, group, holes, tau):
+  query, key = pairs()
+  valid = np.array([1, 1, 1, 0, 1, 0] if holes else [1] * 6, bool)
+  sample = np.array([0, 0, 1, 2, 3, 4], np.int32)  # rows 0 and 1: tokens of one
+  found = info_nce(
+    query,
+    key,
+    tau,
+    valid_A=jnp.asarray(valid),
+    image_id_A=jnp.asarray(IDS),
+    sample_A=jnp.asarray(sample),
+    same_image=same,
+    group=group,
+  )
+  wanted = slow_info_nce(
+    query,
+    key,
+    tau,
+    valid=valid,
+    image_id=IDS,
+    sample=sample,
+    same=same,
+    group=group or 6,
+  )
+  np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-6)
+
+
+def test_the_three_treatments_of_one_image_differ_only_when_it_repeats():
+  query, key = pairs()
+  values = {
+    (ids, same): float(
+      info_nce(
+        query,
+        key,
+        0.1,
+        image_id_A=IDS if ids == "twins" else np.arange(6, dtype=np.int32),
+        same_image=same,
+      )
+    )
+    for ids in ("twins", "distinct")
+    for same in ("none", "ignore", "positive")
+  }
+  assert values["distinct", "none"] == values["distinct", "ignore"]
+  assert values["distinct", "none"] == values["distinct", "positive"]
+  assert values["distinct", "none"] == values["twins", "none"]
+  assert values["twins", "ignore"] < values["twins", "none"]
+  assert values["twins", "positive"] > values["twins", "ignore"]
+
+
+def test_mean_is_half_of_the_sum():
+  query, key = pairs()
+  total = info_nce(query, key, 0.1)
+  mean = info_nce(query, key, 0.1, reduce="mean")
+  np.testing.assert_allclose(2 * mean, total, rtol=1e-6)
+
+
+def test_the_order_of_samples_does_not_matter():
+  query, key = pairs()
+  order = np.random.default_rng(1).permutation(6)
+  found = info_nce(query[order], key[order], 0.1, image_id_A=IDS[order])
+  wanted = info_nce(query, key, 0.1, image_id_A=IDS)
+  np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_groups_are_averaged_wherever_they_lie():
+  query, key = pairs()
+  halves = [
+    info_nce(query[rows], key[rows], 0.1) for rows in (slice(0, 3), slice(3, 6))
+  ]
+  swapped = np.r_[3:6, 0:3]
+  for order in (np.arange(6), swapped):
+    found = info_nce(query[order], key[order], 0.1, group=3)
+    np.testing.assert_allclose(found, np.mean(halves), rtol=1e-6)
+
+
+def test_invalid_rows_are_as_if_they_were_not_there():
+  query, key = pairs()
+  valid = np.array([1, 0, 1, 1, 0, 1], bool)
+  wild = np.where(valid[:, None], query, 1e4).astype(np.float32)
+
+  def loss(query):
+    return info_nce(query, key, 0.1, valid_A=valid)
+
+  value, grad = jax.jit(jax.value_and_grad(loss))(jnp.asarray(wild))
+  wanted = info_nce(query[valid], key[valid], 0.1)
+  np.testing.assert_allclose(value, wanted, rtol=1e-6)
+  assert np.all(np.asarray(grad)[~valid] == 0)
+  assert np.all(np.asarray(grad)[valid] != 0)
+
+
+@pytest.mark.parametrize("same", ["none", "ignore", "positive"])
+def test_nothing_valid_gives_zero_and_no_gradient(same):
+  query, key = pairs()
+
+  def loss(query, key):
+    return info_nce(
+      query,
+      key,
+      0.03,
+      valid_A=np.zeros(6, bool),
+      image_id_A=IDS,
+      same_image=same,
+    )
+
+  value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(query, key)
+  assert value == 0
+  assert all(np.all(np.asarray(grad) == 0) for grad in grads)
+
+
+@pytest.mark.parametrize("same", ["none", "ignore", "positive"])
+def test_one_sample_has_nothing_to_confuse(same):
+  query, key = pairs(rows=1)
+  value, grad = jax.value_and_grad(
+    lambda q: info_nce(q, key, 0.03, same_image=same)
+  )(query)
+  assert value == 0
+  assert np.all(np.asarray(grad) == 0)
+
+
+def test_one_image_only_leaves_nothing_to_ignore_but_the_pair():
+  query, key = pairs()
+  ids = np.zeros(6, np.int32)
+  value = info_nce(query, key, 0.1, image_id_A=ids)
+  np.testing.assert_allclose(value, 0, atol=1e-6)
+
+
+def test_equal_scores_cost_the_logarithm_of_their_number():
+  ones = np.ones((8, 4), np.float32)
+  value = info_nce(ones, ones, 0.03, reduce="mean")
+  np.testing.assert_allclose(value, np.log(8), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tau", [0.001, 0.03, 1.0])
+def test_values_and_gradients_stay_finite_at_any_temperature(tau):
+  query, key = pairs()
+  value, grads = jax.value_and_grad(info_nce, (0, 1, 2))(query, key, tau)
+  assert np.isfinite(value)
+  assert all(np.all(np.isfinite(grad)) for grad in grads)
+
+
+def test_a_zero_vector_has_a_finite_gradient():
+  query, key = pairs()
+  query[2] = 0
+  value, grad = jax.value_and_grad(info_nce)(query, key, 0.03)
+  assert np.isfinite(value)
+  assert np.all(np.isfinite(grad))
+
+
+def test_gradients_equal_finite_differences():
+  query, key = pairs()
+  rng = np.random.default_rng(2)
+
+  def slow(query, key, tau):
+    return slow_info_nce(
+      query,
+      key,
+      tau,
+      valid=np.ones(6, bool),
+      image_id=IDS,
+      sample=np.arange(6),
+      same="ignore",
+      group=6,
+    )
+
+  def loss(query, key, tau):
+    return info_nce(query, key, tau, image_id_A=IDS)
+
+  point = (query, key, np.float32(0.2))
+  grads = jax.jit(jax.grad(loss, (0, 1, 2)))(*point)
+  for index, grad in enumerate(grads):
+    step = 1e-5 * rng.standard_normal(np.shape(grad))
+    ends = [
+      slow(
+        *(
+          np.asarray(v, float) + s * (step if i == index else 0)
+          for i, v in enumerate(point)
+        )
+      )
+      for s in (-0.5, 0.5)
+    ]
+    np.testing.assert_allclose(
+      np.sum(np.asarray(grad) * step), ends[1] - ends[0], rtol=1e-3
+    )
+
+
+def test_normalize_gives_unit_length_and_keeps_tiny_vectors_tiny():
+  x = np.array([[3.0, 4.0], [0.0, 0.0], [1e-12, 0.0]], np.float32)
+  found = contrastive.normalize(x)
+  wanted = [[0.6, 0.8], [0, 0], [1e-4, 0]]
+  np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_normalize_computes_in_float32():
+  x = jnp.full((1, 4096), 0.01, jnp.bfloat16)
+  found = contrastive.normalize(x)
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(jnp.linalg.norm(found), 1, rtol=1e-5)
+
+
+def test_scale_gradient_changes_gradients_only():
+  x = jnp.asarray(pairs()[0])
+
+  def loss(x, scale):
+    return jnp.sum(jnp.sin(contrastive.scale_gradient(x, scale)))
+
+  value, grad = jax.value_and_grad(loss)(x, 1.0)
+  for scale in (0.125, 0.0):
+    scaled_value, scaled = jax.value_and_grad(loss)(x, scale)
+    np.testing.assert_allclose(scaled_value, value, rtol=1e-6)
+    np.testing.assert_allclose(scaled, scale * grad, rtol=1e-5)
+
+
+def test_itc_is_symmetric_in_image_and_text():
+  image, text = pairs()
+  settings = dict(image_id_B=IDS, same_image="ignore")
+  found = contrastive.image_text_contrast(image, text, 0.07, **settings)
+  mirrored = contrastive.image_text_contrast(text, image, 0.07, **settings)
+  wanted = slow_info_nce(
+    image,
+    text,
+    0.07,
+    valid=np.ones(6, bool),
+    image_id=IDS,
+    sample=np.arange(6),
+    same="ignore",
+    group=6,
+  )
+  np.testing.assert_allclose(found, wanted / 2, rtol=1e-5)
+  np.testing.assert_allclose(mirrored, found, rtol=1e-6)
+
+
+def test_accuracy_counts_queries_that_find_their_key():
+  key = np.eye(4, dtype=np.float32)
+  query = key[[0, 1, 3, 2]] * 5
+  assert contrastive.accuracy(query, key) == 0.5
