@@ -6,7 +6,7 @@
 
 DIR is a work dir of launch/train.py or a directory of launch/export.py. Writes
 metrics.json and predictions.json to DIR/eval/TASK; what is in them is in
-docs/evaluation.md.
+docs/evaluation.md. Exit code 0: done. 2: `error: ...` says what to change.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 
 from glscl_jax import config as config_lib
 from glscl_jax import sharding
@@ -35,52 +35,8 @@ EMOJI_CELLS = (
   "test_unseen_studio_unseen_concept",
 )
 
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Work dir of a run, or an export directory.", required=True
-)
-_TASK = flags.DEFINE_enum(
-  "task", "retrieval", ["retrieval"], "What to measure."
-)
-_DATA = flags.DEFINE_string(
-  "data", "", "Data directory (default: the one of the training)."
-)
-_SPLITS = flags.DEFINE_list(
-  "splits",
-  [],
-  "Splits (default: the four cells of the emoji data; elsewhere the only one).",
-)
-_RERANK = flags.DEFINE_list(
-  "rerank", ["none"], f"Any of {', '.join(retrieval.RERANKS)}."
-)
-_RERANK_K = flags.DEFINE_integer(
-  "rerank_k",
-  retrieval.DEFAULT_RERANK_K,
-  "Candidates a query that the fusion layers score.",
-  lower_bound=1,
-)
-_ITC_WEIGHT = flags.DEFINE_float(
-  "itc_weight", 1.0, "itm_plus_itc: weight of the cosine."
-)
-_CAPTIONS = flags.DEFINE_enum(
-  "captions", "first", ["first", "all"], "Captions of a record that count."
-)
-_STEP = flags.DEFINE_string(
-  "step",
-  "auto",
-  "best (by validation), latest, a number, or auto: best if the run was "
-  "validated, else latest.",
-)
-_OUTPUT = flags.DEFINE_string(
-  "output", "", "Where the results go (default: WORKDIR/eval/TASK)."
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", 64, "Images or captions a call.", lower_bound=1
-)
-_PAIR_BATCH_SIZE = flags.DEFINE_integer(
-  "pair_batch_size", 256, "Pairs a call of the fusion layers.", lower_bound=1
-)
-
 _ERRORS = (
+  flags.Error,
   weights_lib.WeightsError,
   checkpoint.CheckpointError,
   pairs.DataError,
@@ -91,6 +47,96 @@ _ERRORS = (
   tokenizer.TokenizerError,
   config_lib.ConfigError,
 )
+
+
+def parse(argv: Sequence[str]) -> flags.FlagValues:
+  """Reads the command line.
+
+  Raises:
+    absl.flags.Error: anything that is wrong with it.
+  """
+  # Not the global FLAGS, so that one process may parse several times.
+  values = flags.FlagValues()
+  flags.DEFINE_string(
+    "workdir",
+    None,
+    "Work dir of a run, or an export directory.",
+    flag_values=values,
+  )
+  flags.DEFINE_enum(
+    "task", "retrieval", ["retrieval"], "What to measure.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "data",
+    "",
+    "Data directory (default: the one of the training).",
+    flag_values=values,
+  )
+  flags.DEFINE_list(
+    "splits",
+    [],
+    "Splits (default: the four cells of the emoji data, else the only one).",
+    flag_values=values,
+  )
+  flags.DEFINE_list(
+    "rerank",
+    ["none"],
+    f"Any of {', '.join(retrieval.RERANKS)}.",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "rerank_k",
+    retrieval.DEFAULT_RERANK_K,
+    "Candidates a query that the fusion layers score.",
+    lower_bound=1,
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    "itc_weight", 1.0, "itm_plus_itc: weight of the cosine.", flag_values=values
+  )
+  flags.DEFINE_enum(
+    "captions",
+    "first",
+    ["first", "all"],
+    "Captions of a record that count.",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "step",
+    "auto",
+    "best (by validation), latest, a number, or auto: best if the run was "
+    "validated, else latest.",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "output",
+    "",
+    "Where the results go (default: WORKDIR/eval/TASK).",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "batch_size",
+    64,
+    "Images or captions a call.",
+    lower_bound=1,
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "pair_batch_size",
+    256,
+    "Pairs a call of the fusion layers.",
+    lower_bound=1,
+    flag_values=values,
+  )
+  if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
+    print(f"{__doc__}\n{values.main_module_help()}")
+    raise SystemExit(0)
+  rest = values(list(argv))[1:]
+  if rest:
+    raise flags.Error(f"argument {rest[0]!r} is no flag")
+  if not values.workdir:
+    raise flags.Error("--workdir is missing; see --help")
+  return values
 
 
 class Progress:
@@ -251,40 +297,41 @@ def evaluate(
         print(format_result(result), flush=True)
 
 
-def main(argv: list[str]) -> None:
-  """Reads the flags, measures, and ends with one line on a mistake."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
-  logging.set_verbosity(logging.WARNING)  # of the libraries
+def main(argv: Sequence[str]) -> int:
+  """Runs the command line `argv` and returns the exit code."""
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # libraries read some of their flags
   try:
+    values = parse(argv)
     protocols = [
       retrieval.Protocol(
         rerank=rerank,
-        rerank_k=_RERANK_K.value,
-        itc_weight=_ITC_WEIGHT.value,
-        captions=_CAPTIONS.value,
+        rerank_k=values.rerank_k,
+        itc_weight=values.itc_weight,
+        captions=values.captions,
       )
-      for rerank in _RERANK.value
+      for rerank in values.rerank
     ]
-    model = weights_lib.open_weights(_WORKDIR.value, step=_STEP.value)
-    print(f"{_WORKDIR.value}: step {model.step}", flush=True)
-    data_dir = _DATA.value or model.config.data.dir
-    output = pathlib.Path(
-      _OUTPUT.value or pathlib.Path(_WORKDIR.value) / "eval" / _TASK.value
-    )
+    workdir = pathlib.Path(values.workdir)
+    model = weights_lib.open_weights(workdir, step=values.step)
+    print(f"{workdir}: step {model.step}", flush=True)
+    data_dir = values.data or model.config.data.dir
+    output = pathlib.Path(values.output or workdir / "eval" / values.task)
     evaluate(
       model,
       data_dir=data_dir,
-      splits=choose_splits(data_dir, _SPLITS.value),
+      splits=choose_splits(data_dir, values.splits),
       protocols=protocols,
       output=output,
-      batch_size=_BATCH_SIZE.value,
-      pair_batch_size=_PAIR_BATCH_SIZE.value,
+      batch_size=values.batch_size,
+      pair_batch_size=values.pair_batch_size,
     )
-    print(f"wrote {output / results.METRICS}")
   except _ERRORS as error:
-    sys.exit(f"error: {error}")
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  print(f"wrote {output / results.METRICS}")
+  return 0
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main(sys.argv))

@@ -5,15 +5,19 @@
 OUT gets model.safetensors, config.json, the tokenizer and manifest.json with
 the sha256 of each, the step, the metrics measured at that step and the
 lineage. launch/evaluate.py and train.init_from take OUT in place of a work dir.
+
+Exit code 0: done. 2: `error: ...` says what to change.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, tokenizer
@@ -21,21 +25,43 @@ from glscl_jax.export import weights as weights_lib
 from glscl_jax.tasks import results
 from glscl_jax.train import checkpoint
 
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Work dir of a run.", required=True
-)
-_FORMAT = flags.DEFINE_enum(
-  "format", "safetensors", ["safetensors"], "Format of the weights."
-)
-_OUTPUT = flags.DEFINE_string(
-  "output", None, "The directory to make.", required=True
-)
-_STEP = flags.DEFINE_string(
-  "step",
-  "auto",
-  "best (by validation), latest, a number, or auto: best if the run was "
-  "validated, else latest.",
-)
+
+def parse(argv: Sequence[str]) -> flags.FlagValues:
+  """Reads the command line.
+
+  Raises:
+    absl.flags.Error: anything that is wrong with it.
+  """
+  # Not the global FLAGS, so that one process may parse several times.
+  values = flags.FlagValues()
+  flags.DEFINE_string("workdir", None, "Work dir of a run.", flag_values=values)
+  flags.DEFINE_enum(
+    "format",
+    "safetensors",
+    ["safetensors"],
+    "Format of the weights.",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "output", None, "The directory to make.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "step",
+    "auto",
+    "best (by validation), latest, a number, or auto: best if the run was "
+    "validated, else latest.",
+    flag_values=values,
+  )
+  if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
+    print(f"{__doc__}\n{values.main_module_help()}")
+    raise SystemExit(0)
+  rest = values(list(argv))[1:]
+  if rest:
+    raise flags.Error(f"argument {rest[0]!r} is no flag")
+  for name in ("workdir", "output"):
+    if not values[name].value:
+      raise flags.Error(f"--{name} is missing; see --help")
+  return values
 
 
 def measured(workdir: pathlib.Path, step: int) -> dict[str, Any]:
@@ -54,28 +80,35 @@ def measured(workdir: pathlib.Path, step: int) -> dict[str, Any]:
   return found
 
 
-def main(argv: list[str]) -> None:
-  """Exports, reads back, and ends with one line on a mistake."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
-  logging.set_verbosity(logging.WARNING)  # of the libraries
+def export(
+  workdir: pathlib.Path, output: pathlib.Path, *, step: str
+) -> dict[str, Any]:
+  """Writes the directory, reads it back and returns its manifest."""
+  model = weights_lib.open_weights(workdir, step=step)
+  validation = {"validation": model.metrics} if model.metrics else {}
+  manifest = weights_lib.save_export(
+    output,
+    dataclasses.replace(
+      model, metrics=validation | measured(workdir, model.step)
+    ),
+  )
+  weights_lib.load_export(output)
+  return manifest
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the command line `argv` and returns the exit code."""
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # libraries read some of their flags
   try:
-    model = weights_lib.open_weights(_WORKDIR.value, step=_STEP.value)
-    validation = {"validation": model.metrics} if model.metrics else {}
-    metrics = validation | measured(pathlib.Path(_WORKDIR.value), model.step)
-    manifest = weights_lib.save_export(
-      _OUTPUT.value,
-      weights_lib.Weights(
-        config=model.config,
-        params=model.params,
-        tokenizer_path=model.tokenizer_path,
-        step=model.step,
-        metrics=metrics,
-        lineage=model.lineage,
-      ),
+    values = parse(argv)
+    manifest = export(
+      pathlib.Path(values.workdir),
+      pathlib.Path(values.output),
+      step=values.step,
     )
-    weights_lib.load_export(_OUTPUT.value)
   except (
+    flags.Error,
     weights_lib.WeightsError,
     checkpoint.CheckpointError,
     results.ResultError,
@@ -83,13 +116,15 @@ def main(argv: list[str]) -> None:
     tokenizer.TokenizerError,
     config_lib.ConfigError,
   ) as error:
-    sys.exit(f"error: {error}")
+    print(f"error: {error}", file=sys.stderr)
+    return 2
   size = sum(entry["size"] for entry in manifest["files"].values())
   print(
-    f"{_OUTPUT.value}: step {model.step}, {manifest['num_parameters']:,} "
-    f"parameters, {size / 2**20:.1f} MiB"
+    f"{values.output}: step {manifest['step']}, "
+    f"{manifest['num_parameters']:,} parameters, {size / 2**20:.1f} MiB"
   )
+  return 0
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main(sys.argv))

@@ -4,14 +4,17 @@
 
 Run launch/evaluate.py before it: recalls and examples are read from
 DIR/eval/retrieval. Charts are also written to DIR/plots.
+
+Exit code 0: done. 2: `error: ...` says what to change.
 """
 
 from __future__ import annotations
 
 import pathlib
 import sys
+from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import flags
 
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, tokenizer
@@ -20,51 +23,83 @@ from glscl_jax.export import weights as weights_lib
 from glscl_jax.tasks import results
 from glscl_jax.train import checkpoint
 
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Work dir of a run, or an export directory.", required=True
-)
-_DATA = flags.DEFINE_string(
-  "data", "", "Data directory (default: the one of the training)."
-)
-_SPLITS = flags.DEFINE_list(
-  "splits", [], "Splits of the examples (default: the held-out ones)."
-)
-_STEP = flags.DEFINE_string(
-  "step",
-  "auto",
-  "best (by validation), latest, a number, or auto: best if the run was "
-  "validated, else latest.",
-)
-_OUTPUT = flags.DEFINE_string(
-  "output", "", "The file (default: WORKDIR/report.html)."
-)
-_NUM_EXAMPLES = flags.DEFINE_integer(
-  "num_examples", 6, "Queries a split and direction.", lower_bound=1
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Chooses the examples.")
+
+def parse(argv: Sequence[str]) -> flags.FlagValues:
+  """Reads the command line.
+
+  Raises:
+    absl.flags.Error: anything that is wrong with it.
+  """
+  # Not the global FLAGS, so that one process may parse several times.
+  values = flags.FlagValues()
+  flags.DEFINE_string(
+    "workdir",
+    None,
+    "Work dir of a run, or an export directory.",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "data",
+    "",
+    "Data directory (default: the one of the training).",
+    flag_values=values,
+  )
+  flags.DEFINE_list(
+    "splits",
+    [],
+    "Splits of the examples (default: the held-out ones).",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "step",
+    "auto",
+    "best (by validation), latest, a number, or auto: best if the run was "
+    "validated, else latest.",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "output", "", "The file (default: WORKDIR/report.html).", flag_values=values
+  )
+  flags.DEFINE_integer(
+    "num_examples",
+    6,
+    "Queries a split and direction.",
+    lower_bound=1,
+    flag_values=values,
+  )
+  flags.DEFINE_integer("seed", 0, "Chooses the examples.", flag_values=values)
+  if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
+    print(f"{__doc__}\n{values.main_module_help()}")
+    raise SystemExit(0)
+  rest = values(list(argv))[1:]
+  if rest:
+    raise flags.Error(f"argument {rest[0]!r} is no flag")
+  if not values.workdir:
+    raise flags.Error("--workdir is missing; see --help")
+  return values
 
 
-def main(argv: list[str]) -> None:
-  """Writes the page, and ends with one line on a mistake."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}")
-  logging.set_verbosity(logging.WARNING)  # of the libraries
-  workdir = pathlib.Path(_WORKDIR.value)
-  output = pathlib.Path(_OUTPUT.value or workdir / "report.html")
+def main(argv: Sequence[str]) -> int:
+  """Runs the command line `argv` and returns the exit code."""
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # libraries read some of their flags
   try:
-    model = weights_lib.open_weights(workdir, step=_STEP.value)
+    values = parse(argv)
+    workdir = pathlib.Path(values.workdir)
+    model = weights_lib.open_weights(workdir, step=values.step)
     page = report.make_report(
       workdir,
       model,
-      data_dir=_DATA.value or model.config.data.dir,
+      data_dir=values.data or model.config.data.dir,
       options=report.Options(
-        num_queries=_NUM_EXAMPLES.value,
-        num_maps=_NUM_EXAMPLES.value,
-        splits=tuple(_SPLITS.value),
-        seed=_SEED.value,
+        num_queries=values.num_examples,
+        num_maps=values.num_examples,
+        splits=tuple(values.splits),
+        seed=values.seed,
       ),
     )
   except (
+    flags.Error,
     weights_lib.WeightsError,
     checkpoint.CheckpointError,
     results.ResultError,
@@ -72,11 +107,14 @@ def main(argv: list[str]) -> None:
     tokenizer.TokenizerError,
     config_lib.ConfigError,
   ) as error:
-    sys.exit(f"error: {error}")
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  output = pathlib.Path(values.output or workdir / "report.html")
   output.parent.mkdir(parents=True, exist_ok=True)
-  output.write_text(page, encoding="utf-8")
+  checkpoint.write_atomically(output, page)
   print(f"wrote {output} ({len(page) / 2**20:.1f} MiB)")
+  return 0
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main(sys.argv))

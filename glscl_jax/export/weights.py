@@ -32,7 +32,7 @@ from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, sources
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.systems import glscl
-from glscl_jax.train import checkpoint
+from glscl_jax.train import checkpoint, loop
 from glscl_jax.types import Params
 
 MANIFEST = "manifest.json"
@@ -107,7 +107,7 @@ def save_export(
   scratch.mkdir(parents=True)
   try:
     safetensors.numpy.save_file(
-      {name: np.ascontiguousarray(array) for name, array in flat.items()},
+      {name: np.array(array, order="C") for name, array in flat.items()},
       scratch / MODEL,
       metadata={"format": FORMAT, "step": str(weights.step)},
     )
@@ -252,6 +252,18 @@ def open_weights(
   )
 
 
+def read_params(path: str) -> tuple[Params, dict[str, Any]]:
+  """Parameters and lineage of what `train.init_from` names.
+
+  An export directory, or what `train/loop.py` reads itself: a work dir, or
+  one of its checkpoints.
+  """
+  if is_export(path):
+    weights = load_export(path)
+    return weights.params, weights.lineage
+  return loop.read_work_dir(path)
+
+
 def _choose_step(workdir: pathlib.Path, step: str | int) -> str | int:
   if step != "auto":
     return step
@@ -263,7 +275,7 @@ def params_sha256(params: Params) -> str:
   digest = hashlib.sha256()
   for name, array in sorted(flatten(params).items()):
     digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-    digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(array.tobytes())
   return digest.hexdigest()
 
 
