@@ -27,6 +27,7 @@ from ml_collections import config_flags
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, pipeline, retrieval_set
 from glscl_jax.data import tokenizer as tokenizer_lib
+from glscl_jax.export import weights
 from glscl_jax.tasks import retrieval
 from glscl_jax.train import checkpoint, dry_run, loop
 
@@ -38,6 +39,7 @@ USER_ERRORS = (
   pipeline.BadDataError,
   retrieval_set.RetrievalSetError,
   tokenizer_lib.TokenizerError,
+  weights.WeightsError,
 )
 
 
@@ -49,9 +51,19 @@ def main(argv: Sequence[str]) -> int:
     parsed = parse(argv)
     config = config_lib.from_config_dict(parsed.config)
     if parsed.dry_run:
-      dry_run.dry_run(config, parsed.workdir, compile_step=parsed.compile)
+      dry_run.dry_run(
+        config,
+        parsed.workdir,
+        compile_step=parsed.compile,
+        read_params=weights.read_params,
+      )
       return 0
-    summary = loop.train(config, parsed.workdir, evaluate=retrieval.evaluate)
+    summary = loop.train(
+      config,
+      parsed.workdir,
+      evaluate=retrieval.evaluate,
+      read_params=weights.read_params,
+    )
   except USER_ERRORS as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -305,6 +305,11 @@ def find_step(workdir: str | os.PathLike[str], step: str | int) -> int:
   return int(step)
 
 
+def has_best(workdir: str | os.PathLike[str]) -> bool:
+  """Whether a checkpoint there was validated, so that "best" means one."""
+  return bool(_list_scores(pathlib.Path(workdir).absolute() / "checkpoints"))
+
+
 def read_lineage(workdir: str | os.PathLike[str]) -> dict[str, Any]:
   """The lineage stored with the latest checkpoint."""
   step = find_step(workdir, "latest")

@@ -79,11 +79,12 @@ def format_params(params: Any) -> str:
   total = sum(leaf.size for leaf in jax.tree.leaves(params))
   rows = [("parameter", "shape", "number", "spec"), *rows]
   rows.append(("total", "", f"{total:,}", ""))
-  widths = [max(len(row[i]) for row in rows) for i in range(3)]
-  return "\n".join(
-    f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {count:>{widths[2]}}  {spec}".rstrip()
+  first, second, third = (max(len(row[i]) for row in rows) for i in range(3))
+  lines = [
+    f"{name:<{first}}  {shape:<{second}}  {count:>{third}}  {spec}"
     for name, shape, count, spec in rows
-  )
+  ]
+  return "\n".join(line.rstrip() for line in lines)
 
 
 def format_batch(batch: Batch) -> str:

@@ -15,6 +15,7 @@ Invariants:
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -44,6 +45,7 @@ from glscl_jax.train import step as step_lib
 from glscl_jax.types import Params
 
 LINE_SECONDS = 60.0  # off a terminal a line at least this often
+WINDOW = 10  # steps that a speed is the mean of, at least
 RECALLS = (1, 5, 10)
 PROFILE_AFTER = 10  # steps of this process before the trace starts
 
@@ -186,14 +188,16 @@ def open_inputs(config: config_lib.Config) -> Inputs:
 
 
 def read_work_dir(path: str) -> tuple[Params, dict[str, Any]]:
-  """Parameters and lineage of DIR (latest) or DIR/checkpoints/STEP.
+  """Parameters and lineage of a work dir DIR or of DIR/checkpoints/STEP.
 
-  STEP may be a number, "latest" or "best".
+  STEP may be a number, "latest" or "best"; DIR alone means the best one if
+  the run was validated, else the latest.
   """
   place = pathlib.Path(path).absolute()
-  step: str = "latest"
   if place.parent.name == "checkpoints":
     place, step = place.parent.parent, place.name
+  else:
+    step = "best" if checkpoint.has_best(place) else "latest"
   found = checkpoint.restore_params(place, step=step)
   return found.params, found.lineage
 
@@ -402,7 +406,10 @@ class _Report:
     self._extra: dict[str, float] = {}
     self._peak = metrics.Peak(flops=None, source="")
     self._flops = flops.flops_per_sample(run.config)
-    self._window = (run.start_step, 0.0, 0.0)  # step, busy, data seconds
+    # Step, busy seconds, data seconds at the lines that speeds look back to.
+    self._marks: collections.deque[tuple[int, float, float]] = (
+      collections.deque()
+    )
     self._began: tuple[int, float] | None = None
     self._last_line = 0.0
 
@@ -418,7 +425,7 @@ class _Report:
       f"{self._flops / 1e9:.3f} GFLOP a sample; MFU against "
       f"{self._peak.source}"
     )
-    self._window = (run.start_step, *self._times())
+    self._marks.append((run.start_step, *self._times()))
     self._began = (run.start_step, run.clock.elapsed())
 
   def add(self, step: int, values: Mapping[str, jax.Array]) -> None:
@@ -465,7 +472,7 @@ class _Report:
           **mfu,
         },
       )
-      self._window = (step, *self._times())
+      self._mark(step)
     if self._extra:
       self._run.log.info(_format_scores(step, self._extra))
       self._extra = {}
@@ -482,9 +489,15 @@ class _Report:
         f"step {self._run.checkpointer.latest_step}."
       )
 
+  def _mark(self, step: int) -> None:
+    """Forgets the marks that are older than the last WINDOW steps need."""
+    self._marks.append((step, *self._times()))
+    while len(self._marks) > 1 and step - self._marks[1][0] >= WINDOW:
+      self._marks.popleft()
+
   def _speed(self, step: int, numbers: Mapping[str, float]) -> metrics.Progress:
     config = self._run.config
-    first, busy_then, data_then = self._window
+    first, busy_then, data_then = self._marks[0]
     busy, data = self._times()
     busy_spent = max(busy - busy_then, 1e-9)
     rate = (step - first) * config.data.batch_size / busy_spent
