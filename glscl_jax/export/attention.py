@@ -9,7 +9,8 @@ Shape letters beside those of types.py: G patches a side.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -19,7 +20,6 @@ from glscl_jax.data import sources, transforms
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.export.weights import Weights
 from glscl_jax.systems import glscl
-from glscl_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,13 +62,13 @@ def attend(
   resized = [
     transforms.resize(image, size=vision.image_size) for image in decoded
   ]
-  attention_BHTM = _run(
+  probabilities = _make_program(config)(
     weights.params,
     np.stack(resized),
     np.stack([item.ids_T for item in tokens]),
     np.stack([item.valid_T for item in tokens]),
-    config=config,
   )
+  attention_BHTM = np.asarray(probabilities, np.float32)
   grid = vision.image_size // vision.patch_size
   return [
     Attention(
@@ -80,24 +80,16 @@ def attend(
   ]
 
 
-def _run(
-  params: Params,
-  image_BYXC: np.ndarray,
-  ids_BT: np.ndarray,
-  valid_BT: np.ndarray,
-  *,
-  config: config_lib.Config,
-) -> np.ndarray:
-  """Probabilities (B, H, T, 1 + N), float32."""
+@functools.lru_cache(maxsize=2)
+def _make_program(config: config_lib.Config) -> Callable[..., jax.Array]:
+  """Compiled once: (params, images, ids, validity) to (B, H, T, 1 + N)."""
 
-  @jax.jit
   def run(params, image_BYXC, ids_BT, valid_BT):
     y_BID = glscl.encode_image(params, image_BYXC, config=config)
     x_BTD = glscl.encode_text(params, ids_BT, valid_BT, config=config)
     return glscl.cross_attention(params, x_BTD, valid_BT, y_BID, config=config)
 
-  found = run(params, image_BYXC, ids_BT, valid_BT)
-  return np.asarray(found, np.float32)
+  return jax.jit(run)
 
 
 def word_maps(

@@ -554,8 +554,9 @@ def _figure(content: str, caption: str) -> str:
 
 
 def _thumbnail(image_YXC: np.ndarray, label: str) -> str:
-  small_YXC = transforms.resize(image_YXC, size=2 * THUMBNAIL)
-  return _image(pictures.png(small_YXC), "png", label, "thumb")
+  # Twice the size shown, for fine screens.
+  small = transforms.resize(image_YXC, size=2 * THUMBNAIL)
+  return _image(pictures.png(small), "png", label, "thumb")
 
 
 def _image(data: bytes, kind: str, label: str, css: str) -> str:

@@ -109,7 +109,8 @@ def save_export(
     safetensors.numpy.save_file(
       {name: np.array(array, order="C") for name, array in flat.items()},
       scratch / MODEL,
-      metadata={"format": FORMAT, "step": str(weights.step)},
+      # One entry: with several their order, and so the bytes, would vary.
+      metadata={"format": FORMAT},
     )
     config_text = config_lib.to_json(weights.config) + "\n"
     (scratch / CONFIG).write_text(config_text, encoding="utf-8")

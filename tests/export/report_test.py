@@ -1,0 +1,236 @@
+"""Evaluate, export and report by their command lines, on a tiny export."""
+
+import base64
+import contextlib
+import dataclasses
+import html.parser
+import io
+import json
+import re
+
+import pytest
+
+from glscl_jax.data import sources
+from glscl_jax.export import report
+from glscl_jax.export import weights as weights_lib
+from glscl_jax.tasks import results
+from launch import evaluate as evaluate_launcher
+from launch import export as export_launcher
+from launch import report as report_launcher
+from tests import tiny
+
+CELLS = evaluate_launcher.EMOJI_CELLS
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  code: int
+  out: str
+  err: str
+
+
+def run(launcher, *arguments):
+  out, err = io.StringIO(), io.StringIO()
+  with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    code = launcher.main([f"launch/{launcher.__name__}.py", *arguments])
+  return Run(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+  """An export of random weights, evaluated on four cells."""
+  root = tmp_path_factory.mktemp("report")
+  data_dir = tiny.write_names(root / "data", *CELLS)
+  config = tiny.config(data_dir)
+  export = root / "export"
+  weights_lib.save_export(
+    export,
+    weights_lib.Weights(
+      config=config,
+      params=tiny.params(config),
+      tokenizer_path=data_dir / "tokenizer.model",
+      step=7,
+      metrics={},
+      lineage={"tokenizer_sha256": "t" * 64, "init_from": None},
+    ),
+  )
+  lines = [
+    {"step": i, "loss": 9.0 - i / 10, "mlm": 2.0, "itm_accuracy": 0.5}
+    for i in range(1, 41)
+  ]
+  (export / "metrics.jsonl").write_text(
+    "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 41, "lo'
+  )
+  found = run(
+    evaluate_launcher,
+    f"--workdir={export}",
+    "--rerank=none,itm",
+    "--rerank_k=3",
+    "--batch_size=8",
+    "--pair_batch_size=16",
+  )
+  assert found.code == 0, found.err
+  return export
+
+
+@pytest.fixture(scope="module")
+def page(work):
+  found = run(report_launcher, f"--workdir={work}", "--num_examples=3")
+  assert found.code == 0, found.err
+  return (work / "report.html").read_text()
+
+
+class Reader(html.parser.HTMLParser):
+  """Collects image sources and checks that tags are closed in order."""
+
+  VOID = {"meta", "img", "br"}
+
+  def __init__(self):
+    super().__init__()
+    self.images, self.open = [], []
+
+  def handle_starttag(self, tag, attributes):
+    if tag == "img":
+      self.images.append(dict(attributes))
+    if tag not in self.VOID:
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+
+def test_the_four_cells_are_the_default_and_keep_both_protocols(work):
+  tree = results.read(work / "eval" / "retrieval" / "metrics.json")
+  (cells,) = tree["results"].values()
+  assert tuple(sorted(cells)) == tuple(sorted(CELLS))
+  for split, protocols in cells.items():
+    assert protocols.keys() == {"none", "itm_k3"}
+    for entry in protocols.values():
+      assert entry["num_images"] == 8 and entry["split"] == split
+      assert entry["lineage"]["step"] == 7
+      assert entry["metrics"].keys() == entry["chance"].keys()
+
+
+def test_predictions_hold_both_directions_with_ids_that_exist(work):
+  tree = results.read(work / "eval" / "retrieval" / "predictions.json")
+  (cells,) = tree["results"].values()
+  source = sources.open_source(work.parent / "data", CELLS[3])
+  names = {source[i].id for i in range(len(source))}
+  found = cells[CELLS[3]]["none"]
+  assert {query["query"] for query in found["i2t"]} == names
+  assert {query["query"] for query in found["t2i"]} == set(tiny.NAMES)
+  for query in found["t2i"]:
+    assert {item["id"] for item in query["top"]} == names
+    (right,) = [item["id"] for item in query["top"] if item["match"]]
+    assert query["right"] == right
+
+
+def test_the_page_is_whole_and_holds_its_pictures_itself(page):
+  reader = Reader()
+  reader.feed(page)
+  assert not reader.open
+  assert len(reader.images) > 20
+  for image in reader.images:
+    kind, _, data = image["src"].partition(";base64,")
+    assert kind in ("data:image/png", "data:image/svg+xml")
+    start = base64.b64decode(data)[:16]
+    assert start.startswith((b"\x89PNG", b"<?xml"))
+    assert image["alt"]
+  assert not re.search(r'(src|href)="http', page)
+
+
+def test_the_page_shows_curves_cells_examples_and_attention(page):
+  for text in (
+    "unseen studio, unseen concepts",
+    "dual encoder (cosine)",
+    "re-ranked by ITM, k = 3",
+    "chance",
+    "Training",
+    "Where each word looks",
+    "the whole configuration",
+  ):
+    assert text in page
+  assert page.count('class="right"') > 0
+  assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower()
+
+
+def test_the_page_is_the_same_for_the_same_seed(work, page):
+  other = work.parent / "again.html"
+  found = run(
+    report_launcher,
+    f"--workdir={work}",
+    "--num_examples=3",
+    f"--output={other}",
+  )
+  assert found.code == 0
+  assert other.read_text() == page
+
+
+def test_what_was_not_measured_is_said_and_not_invented(work, tmp_path):
+  bare = tmp_path / "bare"
+  weights_lib.save_export(bare, weights_lib.load_export(work))
+  found = run(report_launcher, f"--workdir={bare}", "--num_examples=1")
+  assert found.code == 0, found.err
+  page = (bare / "report.html").read_text()
+  assert "Not shown: launch/evaluate.py was not run on this." in page
+  assert "Not shown: There is no metrics.jsonl." in page
+
+
+def test_a_caption_with_markup_is_text(work):
+  query = {
+    "query": "<b>&",
+    "rank": 1,
+    "right": "x",
+    "top": [{"id": "x", "score": 1.0, "match": True}],
+  }
+  image = report.load_images(
+    work.parent / "data", CELLS[3], [f"{CELLS[3]}-300"]
+  )
+  (picture,) = image.values()
+  assert "<b>&" not in report._text_query(query, {"x": picture})
+
+
+def test_export_of_an_export_carries_the_measured_metrics(work, tmp_path):
+  found = run(
+    export_launcher, f"--workdir={work}", f"--output={tmp_path / 'out'}"
+  )
+  assert found.code == 0, found.err
+  manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+  measured = manifest["metrics"]["retrieval"]
+  assert len(measured) == 8
+  assert all("i2t_r1" in metrics for metrics in measured.values())
+
+
+@pytest.mark.parametrize(
+  "launcher,arguments,message",
+  [
+    (evaluate_launcher, [], "--workdir is missing"),
+    (evaluate_launcher, ["--workdir=/nowhere"], "neither a work dir"),
+    (evaluate_launcher, ["--wrkdir=x"], "Did you mean: workdir"),
+    (evaluate_launcher, ["--workdir={}", "--rerank=best"], "rerank='best'"),
+    (evaluate_launcher, ["--workdir={}", "--splits=val"], "no split 'val'"),
+    (evaluate_launcher, ["--workdir={}", "--data=/no"], "no such data dir"),
+    (evaluate_launcher, ["--workdir={}", "--step=3"], "no step '3'"),
+    (export_launcher, ["--workdir={}"], "--output is missing"),
+    (report_launcher, ["--workdir=/nowhere"], "neither a work dir"),
+  ],
+)
+def test_mistakes_end_with_one_line_and_code_2(
+  work, launcher, arguments, message
+):
+  found = run(launcher, *(text.format(work) for text in arguments))
+  assert found.code == 2
+  assert found.err.startswith("error: ") and message in found.err
+
+
+def test_series_keep_the_last_point_and_skip_what_is_missing():
+  records = [{"step": i, "loss": float(i)} for i in range(5000)]
+  records += [{"step": 5000}, {"step": 5001, "loss": None}]
+  found = report.series(records, "loss")
+  assert len(found) <= report.MAX_POINTS
+  assert found[-1] == (4999, 4999.0)
+  assert report.series(records, "mlm") == []
+
+
+def test_a_last_line_cut_by_a_kill_is_left_out(work):
+  assert len(report.read_metrics(work / "metrics.jsonl")) == 40
