@@ -51,7 +51,9 @@ def _transpose(x_AD: jax.Array) -> jax.Array:
   """
   if jax.default_backend() != "cpu":
     return x_AD.T
-  return layout.with_layout_constraint(x_AD.T, layout.Layout((0, 1)))
+  return layout.with_layout_constraint(
+    jnp.transpose(x_AD), layout.Layout((0, 1))
+  )
 
 
 _dot.defvjp(_dot_forward, _dot_backward)

@@ -1,0 +1,49 @@
+import pytest
+
+from glscl_jax.models import flops
+
+
+@pytest.mark.parametrize(
+  ("width", "depth", "patch_size", "projection_width", "published"),
+  [
+    (768, 12, 32, 512, 8.82),
+    (768, 12, 16, 512, 35.13),
+    (1024, 24, 14, 768, 162.03),
+  ],
+  ids=["B/32", "B/16", "L/14"],
+)
+def test_image_towers_cost_what_open_clip_publishes(
+  width, depth, patch_size, projection_width, published
+):
+  count = flops.vit(
+    width,
+    depth,
+    patch_size,
+    (224 // patch_size) ** 2,
+    projection_width=projection_width,
+  )
+  assert count / 1e9 == pytest.approx(published, rel=1e-3)
+
+
+def test_the_text_tower_costs_what_open_clip_publishes():
+  count = flops.encoder(512, 12, 77) + flops.linear(1, 512, 512)
+  assert count / 1e9 == pytest.approx(5.96, rel=1e-3)
+
+
+def test_a_multiply_add_counts_as_two():
+  assert flops.linear(3, 5, 7) == 2 * 3 * 5 * 7
+
+
+def test_attention_counts_four_maps_and_two_mixings():
+  maps = 2 * (4 * 4 + 4 * 4) * 10 + 2 * (4 * 4 + 4 * 4) * 3
+  assert flops.attention(10, 3, 4) == maps + 2 * (2 * 10 * 3 * 4)
+
+
+def test_a_stream_that_nobody_reads_costs_nothing():
+  assert flops.cross_block(0, 50, 325, 768) == 0
+
+
+def test_some_rows_cost_less_than_all_and_more_than_their_share():
+  whole = flops.cross_block(50, 50, 325, 768)
+  some = flops.cross_block(7, 50, 325, 768)
+  assert whole * 7 / 50 < some < whole

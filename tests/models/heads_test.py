@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glscl_jax.models import heads
+from tests import random_pairs
+
+
+def init(module, x):
+  return random_pairs.once(module.init)(jax.random.key(0), x)["params"]
+
+
+def test_projection_starts_with_the_framework_default_spread():
+  params = init(heads.JointProjection(32, "float32"), jnp.zeros((2, 64)))
+  for name, shape in (("fc1", (64, 64)), ("fc2", (64, 32))):
+    kernel, bias = params[name]["kernel"], params[name]["bias"]
+    assert kernel.shape == shape
+    for leaf in (kernel, bias):
+      assert np.abs(leaf).max() <= 64**-0.5
+      assert np.abs(leaf).max() > 0.8 * 64**-0.5
+
+
+def test_projection_is_linear_norm_gelu_linear():
+  module = heads.JointProjection(32, "float32")
+  x_BD = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+  params = init(module, x_BD)
+  h = x_BD @ params["fc1"]["kernel"] + params["fc1"]["bias"][None]
+  h = (h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1)[:, None] + 1e-5)
+  h = 0.5 * h * (1 + jax.lax.erf(h / np.sqrt(2).astype(np.float32)))
+  expected = h @ params["fc2"]["kernel"] + params["fc2"]["bias"][None]
+  np.testing.assert_allclose(
+    module.apply({"params": params}, x_BD), expected, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  ("module", "shape", "classes"),
+  [
+    (heads.VocabularyHead(100, "bfloat16", 0.02), (2, 5, 64), (2, 5, 100)),
+    (heads.MatchHead("bfloat16", 0.02), (2, 128), (2, 2)),
+  ],
+  ids=["vocabulary", "match"],
+)
+def test_logits_are_float32_even_when_products_are_not(module, shape, classes):
+  logits, _ = jax.eval_shape(
+    module.init_with_output, jax.random.key(0), jnp.zeros(shape)
+  )
+  assert logits.shape == classes
+  assert logits.dtype == jnp.float32
+
+
+def test_the_vocabulary_head_has_its_own_table():
+  params = init(
+    heads.VocabularyHead(1000, "float32", 0.02), jnp.zeros((1, 1, 64))
+  )
+  assert params["fc2"]["kernel"].shape == (64, 1000)
+  assert np.std(params["fc2"]["kernel"]) == pytest.approx(0.02, rel=0.05)
+  assert np.all(np.asarray(params["fc2"]["bias"]) == 0)

@@ -1,0 +1,63 @@
+import jax
+import numpy as np
+import pytest
+
+from glscl_jax.models import text
+from tests import random_pairs
+
+VALID = np.array([[True, True, True, False], [True, True, True, True]])
+
+
+@pytest.fixture(scope="module")
+def encoder():
+  module = text.TextEncoder(random_pairs.config(depth=2).model)
+  ids_BT = np.array([[0, 9, 2, 1], [0, 7, 8, 2]], np.int32)
+  params = random_pairs.once(module.init)(jax.random.key(0), ids_BT, VALID)
+  params = jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, params)
+  return module, params, ids_BT
+
+
+def test_positions_count_valid_tokens_from_two_and_pads_are_one():
+  np.testing.assert_array_equal(
+    text.position_ids(VALID), [[2, 3, 4, 1], [2, 3, 4, 5]]
+  )
+
+
+def test_positions_do_not_look_at_ids(encoder):
+  # A token whose id is that of the pad still counts as a token.
+  module, params, ids_BT = encoder
+  run = random_pairs.once(module.apply)
+  pad_inside_BT = ids_BT.copy()
+  pad_inside_BT[1, 1] = random_pairs.PAD
+  changed = run(params, pad_inside_BT, VALID)
+  assert not np.allclose(changed[1], run(params, ids_BT, VALID)[1])
+
+
+def test_what_stands_in_the_padding_changes_no_real_state(encoder):
+  module, params, ids_BT = encoder
+  other_BT = np.where(VALID, ids_BT, 33).astype(np.int32)
+  run = random_pairs.once(module.apply)
+  states = [np.asarray(run(params, ids, VALID)) for ids in (ids_BT, other_BT)]
+  np.testing.assert_array_equal(states[0][VALID], states[1][VALID])
+  assert not np.array_equal(states[0][~VALID], states[1][~VALID])
+
+
+def test_longer_padding_changes_no_real_state(encoder):
+  module, params, ids_BT = encoder
+  run = random_pairs.once(module.apply)
+  short = np.asarray(run(params, ids_BT, VALID))
+  pad = ((0, 0), (0, 3))
+  long_ids_BT = np.pad(ids_BT, pad, constant_values=1)
+  long = np.asarray(run(params, long_ids_BT, np.pad(VALID, pad)))
+  np.testing.assert_allclose(long[:, :4][VALID], short[VALID], atol=1e-5)
+
+
+def test_word_order_matters(encoder):
+  module, params, ids_BT = encoder
+  run = random_pairs.once(module.apply)
+  swapped_BT = ids_BT[:, [0, 2, 1, 3]]
+  states = (
+    run(params, ids_BT, VALID)[1, 0],
+    run(params, swapped_BT, VALID)[1, 0],
+  )
+  assert not np.allclose(*states, atol=1e-3)

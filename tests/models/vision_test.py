@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glscl_jax.models import vision
+from tests import random_pairs
+
+CONFIG = random_pairs.config(depth=2)
+NUM_PATCHES, WIDTH = 16, 64
+
+
+@pytest.fixture(scope="module")
+def encoder():
+  module = vision.VisionEncoder(CONFIG.model)
+
+  def everything(module, image_BYXC):
+    x_BID = module.embed(image_BYXC)
+    return module.encode(module.hide(x_BID, jnp.zeros((1, 1), jnp.int32)))
+
+  image_BYXC = jnp.zeros((1, 32, 32, 3))
+  init = random_pairs.once(
+    lambda k: module.init(k, image_BYXC, method=everything)
+  )
+  return module.bind(init(jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def x_BID(encoder):
+  rng = np.random.default_rng(0)
+  return encoder.embed(rng.normal(size=(2, 32, 32, 3)).astype(np.float32))
+
+
+def test_patches_are_row_major_and_values_are_row_column_channel():
+  image_BYXC = np.arange(2 * 6 * 6 * 3).reshape(2, 6, 6, 3)
+  patches_BIP = vision.patchify(image_BYXC, 2)
+  assert patches_BIP.shape == (2, 9, 12)
+  # Patch 5 is row 1, column 2 of the grid of 3 x 3.
+  np.testing.assert_array_equal(
+    patches_BIP[1, 5], image_BYXC[1, 2:4, 4:6].reshape(-1)
+  )
+
+
+def test_patchify_can_be_undone():
+  rng = np.random.default_rng(0)
+  image_BYXC = rng.normal(size=(1, 8, 8, 3))
+  grid = vision.patchify(image_BYXC, 4).reshape(1, 2, 2, 4, 4, 3)
+  back = grid.transpose(0, 1, 3, 2, 4, 5).reshape(1, 8, 8, 3)
+  np.testing.assert_array_equal(back, image_BYXC)
+
+
+def test_each_patch_is_embedded_alone(encoder):
+  image_BYXC = np.zeros((1, 32, 32, 3), np.float32)
+  image_BYXC[0, 8:16, 24:32] = 1.0  # row 1, column 3 of 4 x 4
+  lit_I = np.any(np.asarray(encoder.embed(image_BYXC))[0] != 0, axis=-1)
+  np.testing.assert_array_equal(np.flatnonzero(lit_I), [7])
+
+
+def test_complete_adds_the_class_token_and_positions(encoder, x_BID):
+  x_BLD = encoder.complete(x_BID)
+  assert x_BLD.shape == (2, 1 + NUM_PATCHES, WIDTH)
+  params = encoder.variables["params"]
+  position_LD = params["position_embedding"]
+  np.testing.assert_allclose(
+    x_BLD[1, 0], params["class_embedding"] + position_LD[0], rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    x_BLD[1, 1:], x_BID[1] + position_LD[1:], rtol=1e-6
+  )
+
+
+def test_drop_keeps_patches_with_their_own_positions(encoder, x_BID):
+  keep_idx_BJ = np.array([[3, 15, 0], [7, 2, 9]], np.int32)
+  complete_BLD = np.asarray(encoder.complete(x_BID))
+  dropped_BLD = np.asarray(encoder.drop(x_BID, keep_idx_BJ))
+  assert dropped_BLD.shape == (2, 4, WIDTH)
+  for b in range(2):
+    np.testing.assert_array_equal(dropped_BLD[b, 0], complete_BLD[b, 0])
+    np.testing.assert_array_equal(
+      dropped_BLD[b, 1:], complete_BLD[b, 1 + keep_idx_BJ[b]]
+    )
+
+
+def test_hide_replaces_patches_before_positions_are_added(encoder, x_BID):
+  tok_idx_BJ = np.array([[3, 15], [0, 9]], np.int32)
+  hidden_BLD = np.asarray(encoder.hide(x_BID, tok_idx_BJ))
+  complete_BLD = np.asarray(encoder.complete(x_BID))
+  params = encoder.variables["params"]
+  token_D = params["mask_token"]["value"]
+  for b in range(2):
+    rows = 1 + tok_idx_BJ[b]
+    np.testing.assert_allclose(
+      hidden_BLD[b, rows],
+      token_D[None] + params["position_embedding"][rows],
+      rtol=1e-6,
+    )
+    others = np.setdiff1d(np.arange(1 + NUM_PATCHES), rows)
+    np.testing.assert_array_equal(
+      hidden_BLD[b, others], complete_BLD[b, others]
+    )
+
+
+def test_all_tokens_pass_the_last_norm(encoder, x_BID):
+  y_BLD = np.asarray(encoder.encode(encoder.complete(x_BID)))
+  np.testing.assert_allclose(y_BLD.mean(axis=-1), 0.0, atol=1e-5)
+  np.testing.assert_allclose(y_BLD.std(axis=-1), 1.0, atol=1e-2)
+
+
+def test_the_call_is_a_complete_encoding(encoder):
+  rng = np.random.default_rng(0)
+  image_BYXC = rng.normal(size=(2, 32, 32, 3)).astype(np.float32)
+  np.testing.assert_array_equal(
+    encoder(image_BYXC),
+    encoder.encode(encoder.complete(encoder.embed(image_BYXC))),
+  )
+
+
+def test_initial_spreads_are_those_of_clip(encoder):
+  params = encoder.variables["params"]
+  assert np.std(params["position_embedding"]) == pytest.approx(
+    WIDTH**-0.5, rel=0.1
+  )
+  assert np.std(params["mask_token"]["value"]) == pytest.approx(1.0, rel=0.3)

@@ -1,0 +1,219 @@
+"""Batches of random pictures and captions, and the smallest model for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from glscl_jax import config as config_lib
+from glscl_jax.data import masking
+from glscl_jax.systems import glscl
+from glscl_jax.types import Batch
+
+START, PAD, END = 0, 1, 2
+FIRST_PLAIN = 4  # ids below are special; so is the last one, the mask
+
+# Small programs run once or twice: compiling them well costs more than it
+# saves.
+once = functools.partial(
+  jax.jit,
+  compiler_options={
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+  },
+)
+
+
+def config(
+  *,
+  depth: int = 1,
+  dropout: float = 0.0,
+  batch_size: int = 8,
+  objectives: dict | None = None,
+  optimizer: dict | None = None,
+  **model,
+) -> config_lib.Config:
+  """16 patches of 8 x 8 pixels, 10 text tokens, width 64, 64 words."""
+  return config_lib.Config(
+    model=config_lib.ModelConfig(
+      vision=config_lib.VisionConfig(
+        image_size=32, patch_size=8, width=64, depth=depth
+      ),
+      text=config_lib.TextConfig(
+        vocab_size=64,
+        max_length=10,
+        num_positions=20,
+        width=64,
+        depth=depth,
+        dropout=dropout,
+      ),
+      fusion=config_lib.FusionConfig(
+        width=64,
+        depth=depth,
+        dropout=dropout,
+        restrict_last_layer=model.pop("restrict_last_layer", True),
+      ),
+      **{
+        "joint_width": 32,
+        "compute_dtype": "float32",
+        "remat": "none",
+        **model,
+      },
+    ),
+    objectives=config_lib.ObjectiveConfig(**(objectives or {})),
+    optimizer=config_lib.OptimizerConfig(**(optimizer or {})),
+    data=config_lib.DataConfig(dir="unused", batch_size=batch_size),
+    train=config_lib.TrainConfig(num_steps=10),
+  )
+
+
+def only(*names: str, **weights: float) -> dict[str, float]:
+  """Objective weights: 1 for `names`, 0 for the others."""
+  chosen = {name: 1.0 for name in names} | weights
+  return {name: 0.0 for name in config_lib.OBJECTIVES} | chosen
+
+
+def batch(
+  config: config_lib.Config,
+  *,
+  seed: int = 0,
+  size: int | None = None,
+  num_real: tuple[int, ...] | None = None,
+) -> Batch:
+  """Distinct random samples with masks as the data pipeline makes them.
+
+  `num_real`: words of each caption; by default 3 up to all there is room for.
+  """
+  size = size or config.data.batch_size
+  rng = np.random.default_rng([seed, 1])
+  length = config.model.text.max_length
+  side = config.model.vision.image_size
+  if num_real is None:
+    num_real = tuple(rng.integers(3, length - 1, size))
+  plain_ids_V = np.arange(FIRST_PLAIN, config.model.text.vocab_size - 1)
+  rows = []
+  for index, count in enumerate(num_real):
+    words = rng.choice(plain_ids_V, count)
+    rows.append(
+      sample(
+        config,
+        masking.sample_rng(seed, 0, index, "all"),
+        rng.integers(0, 256, (side, side, 3), dtype=np.uint8),
+        words,
+        index,
+      )
+    )
+  columns = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+  return Batch(**columns)
+
+
+def sample(
+  config: config_lib.Config,
+  rng: np.random.Generator,
+  image_YXC: np.ndarray,
+  words: np.ndarray,
+  index: int,
+) -> dict[str, np.ndarray]:
+  """One row of a batch."""
+  length = config.model.text.max_length
+  mask_id = config.model.text.vocab_size - 1
+  count = len(words)
+  ids_T = np.full(length, PAD, np.int32)
+  ids_T[: count + 2] = [START, *words, END]
+  position_T = np.arange(length)
+  real_T = (position_T > 0) & (position_T <= count)
+  mlm = masking.mask_tokens(
+    rng,
+    ids_T,
+    real_T,
+    rate=config.masking.mlm_rate,
+    mask_id=mask_id,
+    plain_ids_V=np.arange(FIRST_PLAIN, mask_id),
+  )
+  scl = masking.mask_completion(
+    rng,
+    ids_T,
+    real_T,
+    rate=config.masking.completion_text_rate,
+    mask_id=mask_id,
+  )
+  num_patches = config.model.vision.num_patches
+  return {
+    "image_BYXC": image_YXC,
+    "image_id_B": np.int32(index),
+    "text_ids_BT": ids_T,
+    "text_valid_BT": position_T < count + 2,
+    "mlm_ids_BT": mlm.ids_T,
+    "mlm_pos_BJ": mlm.pos_J,
+    "mlm_labels_BJ": mlm.labels_J,
+    "mlm_ok_BJ": mlm.ok_J,
+    "scl_ids_BT": scl.ids_T,
+    "scl_pos_BJ": scl.pos_J,
+    "scl_ok_BJ": scl.ok_J,
+    "keep_idx_BI": masking.drop_patches(
+      rng, num_patches, drop_ratio=config.masking.image_drop_ratio
+    ),
+    "tok_idx_BI": masking.token_patches(
+      rng, num_patches, ratio=config.masking.image_token_ratio
+    ),
+  }
+
+
+def change(batch: Batch, **fields: np.ndarray) -> Batch:
+  """A copy with other arrays."""
+  return dataclasses.replace(batch, **fields)
+
+
+def params(config: config_lib.Config, *, seed: int = 0):
+  """Fresh parameters."""
+  return once(functools.partial(glscl.init, config))(jax.random.key(seed))
+
+
+def spread_params(config: config_lib.Config, *, seed: int = 0):
+  """Random weights so wide that outputs differ much; compiles nothing."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    name = jax.tree_util.keystr(path)
+    noise = rng.standard_normal(leaf.shape).astype(np.float32)
+    if "temperature" in name:
+      return np.full(leaf.shape, 0.07, np.float32)
+    return 1 + 0.1 * noise if "scale" in name else 0.1 * noise
+
+  return jax.tree_util.tree_map_with_path(
+    draw, jax.eval_shape(lambda: glscl.init(config, jax.random.key(0)))
+  )
+
+
+@functools.cache
+def loss_function(config: config_lib.Config):
+  """Compiled `(params, batch, key) -> LossOutput`, once per configuration."""
+  return once(
+    lambda params, batch, key: glscl.loss(params, batch, config=config, key=key)
+  )
+
+
+@functools.cache
+def gradient_function(config: config_lib.Config):
+  """Compiled `(params, batch, key) -> (gradients, metrics)`."""
+
+  def scalar(params, batch, key):
+    output = glscl.loss(params, batch, config=config, key=key)
+    return output.loss, output.metrics
+
+  return once(jax.grad(scalar, has_aux=True))
+
+
+def difference(a, b) -> float:
+  """The largest absolute difference of two trees, relative to its array."""
+  return max(
+    float(np.max(np.abs(x - y)) / max(1e-3, np.max(np.abs(y))))
+    for x, y in zip(
+      map(np.asarray, jax.tree.leaves(a)),
+      map(np.asarray, jax.tree.leaves(b)),
+      strict=True,
+    )
+  )
