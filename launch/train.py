@@ -99,9 +99,16 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   check_keys(argv[1:])
   try:
     rest = values(argv)[1:]
-    config = values.config  # an error in the file shows up here
-  except (flags.Error, OSError) as error:
+    config = values.config
+    if config is not None:
+      config.keys()  # a recipe that could not be read raises only here
+  except flags.Error as error:
     raise config_lib.ConfigError(str(error)) from None
+  except OSError as error:
+    reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
+    raise config_lib.ConfigError(
+      f"--config={values['config'].config_filename}: {reason}"
+    ) from None
   if rest:
     raise config_lib.ConfigError(f"argument {rest[0]!r} is no flag")
   for name, value in (("config", config), ("workdir", values.workdir)):

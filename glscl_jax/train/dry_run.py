@@ -49,6 +49,7 @@ def dry_run(
   inputs = loop.open_inputs(config)
   try:
     _check_workdir(config, pathlib.Path(workdir).absolute(), inputs)
+    local = next(inputs.iterator)
     abstract = state_lib.abstract_state(config, inputs.mesh)
     say(format_params(abstract.params))
     _try_init_from(config, workdir, abstract, read_params, say)
@@ -58,7 +59,6 @@ def dry_run(
       f"a step of {config.data.batch_size}: "
       f"{per_sample * config.data.batch_size / 1e12:.4f} T"
     )
-    local = next(inputs.iterator)
   finally:
     inputs.iterator.close()
   batch = pipeline.global_batch(local, inputs.mesh)

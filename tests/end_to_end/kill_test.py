@@ -18,15 +18,7 @@ from launch import train as launcher
 NUM_STEPS = 60
 NUM_KILLS = 10
 DEADLINE = 300.0  # seconds, of one start; a loaded machine is slow
-SMALL = (
-  f"--config.train.num_steps={NUM_STEPS}",
-  "--config.train.log_every=1",
-  "--config.train.save_every=3",
-  "--config.objectives.mgsc_image=0.0",
-  "--config.objectives.mgsc_text=0.0",
-  "--config.objectives.mltc_image=0.0",
-  "--config.objectives.mltc_text=0.0",
-)
+FLAGS = (f"--config.train.num_steps={NUM_STEPS}",)
 TIMES = ("samples_per_second", "data_wait", "mfu")
 
 
@@ -49,7 +41,7 @@ def start(project, tmp_path_factory):
 
     def start(workdir: pathlib.Path):
       process = context.Process(
-        target=launcher.main, args=(project.command(workdir, *SMALL),)
+        target=launcher.main, args=(project.command(workdir, *FLAGS),)
       )
       process.start()
       return process
