@@ -8,7 +8,7 @@ einsum and gather of the models would have to name its output sharding.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,12 +30,12 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
   (r".*mlp/fc1/kernel", P("fsdp", "tensor")),
   (r".*mlp/fc1/bias", P("tensor")),
   (r".*mlp/fc2/kernel", P("tensor", "fsdp")),
-  (r"(text/word_embedding|mlm_head/fc2/kernel)", P(None, "fsdp")),
-  (r"text/(position|type)_embedding", P(None, "fsdp")),
+  (r"text/(word|position|type)_embedding", P(None, "fsdp")),
   (r"vision/(patch_kernel|position_embedding)", P(None, "fsdp")),
   (r"fusion/(text|image)_(transform|pooler)/kernel", P(None, "fsdp")),
   (r"(mlm_head/fc1|.*_projection/fc[12])/kernel", P(None, "fsdp")),
-  (r"match_head/fc/kernel", P("fsdp", None)),
+  # By width: the vocabulary (50265) has no factor to split it by.
+  (r"(mlm_head/fc2|match_head/fc)/kernel", P("fsdp", None)),
   (r".*(norm\d?|ln_(pre|post))/(scale|bias)", P()),
   (r".*(attention/out|mlp/fc2)/bias", P()),
   (r".*(_transform|_pooler|_head/fc\d?|_projection/fc[12])/bias", P()),
@@ -69,24 +69,29 @@ def map_with_name(function: Callable[[str, Any], Any], tree: Any) -> Any:
   )
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-  """A mesh over all devices.
+def make_mesh(
+  config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+  """A mesh over `devices`, by default all of them.
 
   Raises:
     ConfigError: the sizes do not multiply to the number of devices.
   """
   sizes = np.array([config.data, config.fsdp, config.tensor])
-  devices = jax.device_count()
+  count = jax.device_count() if devices is None else len(devices)
   known = int(np.prod(sizes[sizes != -1]))
-  if -1 in sizes and devices % known == 0:
-    sizes[sizes == -1] = devices // known
-  if int(np.prod(sizes)) != devices:
+  if -1 in sizes and count % known == 0:
+    sizes[sizes == -1] = count // known
+  if int(np.prod(sizes)) != count:
     raise ConfigError(
       f"config.mesh: data x fsdp x tensor = {tuple(map(int, sizes))} does not "
-      f"give the {devices} devices that are here; set one of them to -1"
+      f"give the {count} devices that are here; set one of them to -1"
     )
   return jax.make_mesh(
-    tuple(map(int, sizes)), AXES, axis_types=(AxisType.Auto,) * 3
+    tuple(map(int, sizes)),
+    AXES,
+    axis_types=(AxisType.Auto,) * 3,
+    devices=devices,
   )
 
 

@@ -18,13 +18,11 @@ FIRST_PLAIN = 4  # ids below are special; so is the last one, the mask
 
 # Small programs run once or twice: compiling them well costs more than it
 # saves.
-once = functools.partial(
-  jax.jit,
-  compiler_options={
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-  },
-)
+QUICK = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
+}
+once = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def config(

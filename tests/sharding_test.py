@@ -1,0 +1,125 @@
+import functools
+import math
+import re
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from glscl_jax import config as config_lib
+from glscl_jax import sharding
+from glscl_jax.config import MeshConfig
+from glscl_jax.systems import glscl
+from glscl_jax.train import optimizer
+
+TABLES = {
+  "parameters": sharding.PARAM_RULES,
+  "learning rates": optimizer.LR_RULES,
+  "decay": optimizer.DECAY_RULES,
+}
+
+
+@pytest.fixture(scope="module")
+def base():
+  params = jax.eval_shape(
+    functools.partial(glscl.init, config_lib.Config()), jax.random.key(0)
+  )
+  return {
+    sharding.path_name(path): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_each_parameter_matches_exactly_one_rule(table, base):
+  for name in base:
+    sharding.match_one(name, TABLES[table])
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_each_rule_is_used(table, base):
+  unused = [
+    pattern
+    for pattern, _ in TABLES[table]
+    if not any(re.fullmatch(pattern, name) for name in base)
+  ]
+  assert not unused
+
+
+@pytest.mark.parametrize(
+  "rules", [(), ((".*", 1), (r".*kernel", 2))], ids=["none", "two"]
+)
+def test_a_name_without_exactly_one_rule_is_an_error(rules):
+  with pytest.raises(ValueError, match=f"a/kernel matches {len(rules)} rules"):
+    sharding.match_one("a/kernel", rules)
+
+
+def test_a_pattern_must_match_the_whole_name():
+  with pytest.raises(ValueError, match="matches 0 rules"):
+    sharding.match_one("text/norm/scale/extra", ((r"text/norm/scale", 1),))
+
+
+def test_fsdp_and_tensor_split_all_but_small_change(base):
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  whole = split = 0
+  for name, shape in base.items():
+    spec = sharding.param_spec(name, shape, mesh)
+    ways = math.prod(mesh.shape[axis] for axis in spec if axis)
+    whole += math.prod(shape)
+    split += math.prod(shape) // ways
+  # Half by fsdp nearly everywhere, half again by tensor in the blocks.
+  assert split < 0.32 * whole
+
+
+def test_layer_axes_stay_whole(base):
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+  name = "text/blocks/layers/attention/query/kernel"
+  assert base[name] == (12, 768, 768)
+  assert sharding.param_spec(name, base[name], mesh) == P(
+    None, "fsdp", "tensor"
+  )
+
+
+def test_what_does_not_divide_stays_whole():
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
+  name = "text/blocks/layers/attention/query/kernel"
+  assert sharding.param_spec(name, (12, 68, 64), mesh) == P(
+    None, None, "tensor"
+  )
+
+
+@pytest.mark.parametrize(
+  ("config", "shape"),
+  [
+    (MeshConfig(), (8, 1, 1)),
+    (MeshConfig(data=2, fsdp=-1), (2, 4, 1)),
+    (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
+    (MeshConfig(data=1, fsdp=1, tensor=-1), (1, 1, 8)),
+  ],
+  ids=str,
+)
+def test_the_mesh_takes_all_devices(config, shape):
+  mesh = sharding.make_mesh(config)
+  assert tuple(mesh.shape.items()) == tuple(
+    zip(sharding.AXES, shape, strict=True)
+  )
+
+
+def test_a_mesh_can_be_made_of_some_devices():
+  mesh = sharding.make_mesh(MeshConfig(fsdp=2), devices=jax.devices()[:4])
+  assert mesh.devices.shape == (2, 2, 1)
+  assert list(mesh.devices.flat) == jax.devices()[:4]
+
+
+@pytest.mark.parametrize(
+  "config", [MeshConfig(data=3), MeshConfig(data=2, fsdp=2), MeshConfig(fsdp=3)]
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_an_error(config):
+  with pytest.raises(config_lib.ConfigError, match="the 8 devices"):
+    sharding.make_mesh(config)
+
+
+def test_a_batch_is_split_over_data_and_fsdp():
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  assert sharding.batch_sharding(mesh).shard_shape((8, 5)) == (2, 5)
+  assert sharding.replicated(mesh).shard_shape((8, 5)) == (8, 5)

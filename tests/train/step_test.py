@@ -1,0 +1,168 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glscl_jax import sharding
+from glscl_jax.config import MeshConfig
+from glscl_jax.train import optimizer
+from glscl_jax.train import state as state_lib
+from glscl_jax.train import step as step_lib
+from tests import random_pairs
+
+CONFIG = random_pairs.config(
+  objectives=random_pairs.only("itc"),
+  optimizer={"learning_rate": 0.01, "warmup_fraction": 0.0},
+)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def batch(mesh):
+  return jax.device_put(
+    random_pairs.batch(CONFIG), sharding.batch_sharding(mesh)
+  )
+
+
+@pytest.fixture(scope="module")
+def train_step(mesh, batch):
+  lowered = step_lib.make_train_step(CONFIG, mesh).lower(
+    state_lib.abstract_state(CONFIG, mesh), batch
+  )
+  return lowered.compile(compiler_options=random_pairs.QUICK)
+
+
+@pytest.fixture(scope="module")
+def fresh(mesh):
+  return host(state_lib.make_state(CONFIG, mesh))
+
+
+@pytest.fixture
+def state(mesh, fresh):
+  return jax.device_put(fresh, sharding.replicated(mesh))
+
+
+def host(tree):
+  """A copy that outlives the donated arrays."""
+  return jax.tree.map(np.array, tree)
+
+
+def set_temperature(state, value):
+  params = state.params | {
+    "temperature": {
+      "value": jax.device_put(
+        np.float32(value), state.params["temperature"]["value"].sharding
+      )
+    }
+  }
+  return dataclasses.replace(state, params=params)
+
+
+def test_a_step_moves_parameters_and_counts(train_step, state, batch):
+  before = host(state)
+  after, metrics = train_step(state, batch)
+  assert int(after.step) == 1
+  assert int(after.num_skipped) == 0
+  moved = jax.tree.map(
+    lambda a, b: not np.array_equal(a, b), before.params, host(after.params)
+  )
+  assert all(jax.tree.leaves(moved))
+  expected = {
+    "loss",
+    "itc",
+    "itc_accuracy",
+    "itc_temperature",
+    "grad_norm",
+    "param_norm",
+    "update_norm",
+    "learning_rate",
+    "num_skipped",
+  }
+  assert metrics.keys() == expected
+  assert all(m.shape == () for m in metrics.values())
+  assert float(metrics["learning_rate"]) == pytest.approx(0.01)
+
+
+def test_norms_are_those_of_gradient_update_and_parameters(
+  train_step, state, batch
+):
+  before = host(state.params)
+  after, metrics = train_step(state, batch)
+  (moments,) = [s for s in after.opt_state if isinstance(s, optimizer.Moments)]
+
+  def norm(tree):
+    return np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree)))
+
+  gradients = jax.tree.map(
+    lambda m: np.asarray(m) / (1 - CONFIG.optimizer.beta1), moments.mu
+  )
+  updates = jax.tree.map(lambda a, b: np.asarray(a) - b, after.params, before)
+  assert float(metrics["grad_norm"]) == pytest.approx(norm(gradients), rel=1e-4)
+  assert float(metrics["update_norm"]) == pytest.approx(norm(updates), rel=1e-3)
+  assert float(metrics["param_norm"]) == pytest.approx(
+    norm(host(after.params)), rel=1e-4
+  )
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_but_the_counts(
+  train_step, state, batch
+):
+  state, _ = train_step(state, batch)
+  state = set_temperature(state, np.nan)
+  before = host(state)
+  after, metrics = train_step(state, batch)
+  assert np.isnan(metrics["loss"])
+  assert int(after.step) == 2
+  assert int(after.num_skipped) == int(metrics["num_skipped"]) == 1
+  jax.tree.map(np.testing.assert_array_equal, before.params, host(after.params))
+  jax.tree.map(
+    np.testing.assert_array_equal, before.opt_state, host(after.opt_state)
+  )
+
+
+def test_training_goes_on_after_a_skipped_step(train_step, state, batch):
+  state, _ = train_step(set_temperature(state, np.nan), batch)
+  state, metrics = train_step(set_temperature(state, 0.07), batch)
+  assert np.isfinite(metrics["loss"])
+  assert int(state.num_skipped) == 1
+  assert float(metrics["update_norm"]) > 0
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.9, 0.5), (1e-5, 0.001)])
+def test_the_temperature_is_kept_in_its_range(
+  start, end, train_step, state, batch
+):
+  after, _ = train_step(set_temperature(state, start), batch)
+  found = float(after.params["temperature"]["value"])
+  assert 0.001 <= np.float32(found) <= 0.5
+  # The step itself moves it by about the learning rate.
+  assert found == pytest.approx(end, abs=0.011)
+
+
+def test_the_published_code_does_not_clamp():
+  config = random_pairs.config(objectives={"itc_temperature_range": None})
+  params = {"temperature": {"value": jnp.array(0.9)}}
+  assert step_lib.clamp_temperature(params, config) == params
+
+
+def test_a_model_without_temperature_is_left_alone():
+  assert step_lib.clamp_temperature({"text": {}}, CONFIG) == {"text": {}}
+
+
+def test_each_step_has_its_own_randomness():
+  keys = {
+    tuple(np.asarray(jax.random.key_data(step_lib.step_key(CONFIG, step))))
+    for step in range(5)
+  }
+  assert len(keys) == 5
+
+
+def test_the_state_is_donated(train_step, state, batch):
+  train_step(state, batch)
+  assert state.params["text"]["word_embedding"].is_deleted()
