@@ -142,22 +142,23 @@ class _Programs:
 def _make_programs(
   config: config_lib.Config, mesh: jax.sharding.Mesh | None
 ) -> _Programs:
-  def encode_images(params, image_BYXC):
+  # Without re-ranking no token state leaves the devices.
+  def encode_images(params, image_BYXC, *, keep):
     y_BID = glscl.encode_image(params, image_BYXC, config=config)
     # Each vector depends on its own modality only; XLA drops the other.
     blank_B1D = jnp.zeros((len(y_BID), 1, config.model.text.width))
     _, image_BE = glscl.contrastive_vectors(
       params, blank_B1D, y_BID, config=config
     )
-    return y_BID, image_BE
+    return y_BID if keep else None, image_BE
 
-  def encode_texts(params, text_ids_BT, text_valid_BT):
+  def encode_texts(params, text_ids_BT, text_valid_BT, *, keep):
     x_BTD = glscl.encode_text(params, text_ids_BT, text_valid_BT, config=config)
     blank_B1D = jnp.zeros((len(x_BTD), 1, config.model.vision.width))
     text_BE, _ = glscl.contrastive_vectors(
       params, x_BTD, blank_B1D, config=config
     )
-    return x_BTD, text_BE
+    return x_BTD if keep else None, text_BE
 
   def match(params, x_ZTD, valid_ZT, y_UID, text_row_B, image_row_B):
     return glscl.match_scores(
@@ -168,21 +169,22 @@ def _make_programs(
       config=config,
     )
 
+  compiled = functools.partial(jax.jit, static_argnames="keep")
   if mesh is None:
     return _Programs(
-      jax.jit(encode_images),
-      jax.jit(encode_texts),
+      compiled(encode_images),
+      compiled(encode_texts),
       jax.jit(match),
       np.asarray,
       jnp.asarray,
     )
   # Replicated outputs can be read on every process of a pod.
   everywhere = sharding.replicated(mesh)
-  make = functools.partial(jax.jit, out_shardings=everywhere)
+  compiled = functools.partial(compiled, out_shardings=everywhere)
   return _Programs(
-    make(encode_images),
-    make(encode_texts),
-    make(match),
+    compiled(encode_images),
+    compiled(encode_texts),
+    jax.jit(match, out_shardings=everywhere),
     functools.partial(_put, sharding=sharding.batch_sharding(mesh)),
     functools.partial(_put, sharding=everywhere),
   )
@@ -273,15 +275,19 @@ def _encode_images(
     image_size=config.model.vision.image_size,
     num_threads=config.data.num_threads,
   ):
-    y, vector = programs.encode_images(params, programs.place(batch.image_BYXC))
-    tokens.extend([y] if keep_tokens else [])
-    vectors.append(np.asarray(vector, np.float32))
+    y, vector = programs.encode_images(
+      params, programs.place(batch.image_BYXC), keep=keep_tokens
+    )
+    tokens.append(y)
+    vectors.append(vector)
+    # The host decodes the next batch while this one is computed.
+    vectors[-2:-1] = [np.asarray(done, np.float32) for done in vectors[-2:-1]]
     ok.append(batch.ok_B)
     bad.extend(batch.bad)
     tell("images", min(batch.start + batch_size, total), total)
   return (
     tokens,
-    np.concatenate(vectors)[:total],
+    np.concatenate([np.asarray(v, np.float32) for v in vectors])[:total],
     np.concatenate(ok)[:total],
     tuple(bad),
   )
@@ -311,9 +317,12 @@ def _encode_texts(
   for start in range(0, total, batch_size):
     rows = slice(start, start + batch_size)
     x, vector = programs.encode_texts(
-      params, programs.place(ids[rows]), programs.place(valid[rows])
+      params,
+      programs.place(ids[rows]),
+      programs.place(valid[rows]),
+      keep=keep_tokens,
     )
-    tokens.extend([x] if keep_tokens else [])
+    tokens.append(x)
     vectors.append(np.asarray(vector, np.float32))
     tell("captions", min(start + batch_size, total), total)
   num_truncated = sum(bool(item.truncated) for item in encoded)
