@@ -30,6 +30,8 @@ def config(
   depth: int = 1,
   dropout: float = 0.0,
   batch_size: int = 8,
+  vocab_size: int = 64,
+  max_length: int = 10,
   objectives: dict | None = None,
   optimizer: dict | None = None,
   **model,
@@ -41,9 +43,9 @@ def config(
         image_size=32, patch_size=8, width=64, depth=depth
       ),
       text=config_lib.TextConfig(
-        vocab_size=64,
-        max_length=10,
-        num_positions=20,
+        vocab_size=vocab_size,
+        max_length=max_length,
+        num_positions=24,
         width=64,
         depth=depth,
         dropout=dropout,
