@@ -28,6 +28,7 @@ once = functools.partial(jax.jit, compiler_options=QUICK)
 def config(
   *,
   depth: int = 1,
+  width: int = 64,
   dropout: float = 0.0,
   batch_size: int = 8,
   vocab_size: int = 64,
@@ -36,22 +37,22 @@ def config(
   optimizer: dict | None = None,
   **model,
 ) -> config_lib.Config:
-  """16 patches of 8 x 8 pixels, 10 text tokens, width 64, 64 words."""
+  """By default 16 patches of 8 x 8 pixels, 10 tokens, 64 words, width 64."""
   return config_lib.Config(
     model=config_lib.ModelConfig(
       vision=config_lib.VisionConfig(
-        image_size=32, patch_size=8, width=64, depth=depth
+        image_size=32, patch_size=8, width=width, depth=depth
       ),
       text=config_lib.TextConfig(
         vocab_size=vocab_size,
         max_length=max_length,
         num_positions=24,
-        width=64,
+        width=width,
         depth=depth,
         dropout=dropout,
       ),
       fusion=config_lib.FusionConfig(
-        width=64,
+        width=width,
         depth=depth,
         dropout=dropout,
         restrict_last_layer=model.pop("restrict_last_layer", True),
