@@ -241,6 +241,8 @@ class AugmentConfig:
   randaugment_ops: int = 0  # operations an image
   randaugment_magnitude: float = 9.0  # of 30
   color: bool = True  # False drops the colour operations
+  phrases: Literal["all", "subset"] = "all"  # subset: of a caption's parts
+  # between colons and commas a random number, in random order
 
   def __post_init__(self):
     for name in ("crop_scale", "crop_ratio"):
@@ -293,11 +295,13 @@ class OptimizerConfig:
   fusion_multiplier: float = 5.0  # transforms, fusion layers, poolers
   head_multiplier: float = 5.0  # MLM and ITM heads
   decay_norms: bool = False  # published code decays some norms by accident
-  variant: Literal["standard", "hf"] = "standard"  # hf: published AdamW order
+  variant: Literal["standard", "hf", "muon"] = "standard"  # hf: published
+  # AdamW order; muon: orthogonalized momentum for matrices
+  muon_rms: float = 0.2  # of a matrix's update over the learning rate
   max_skips: int = 10  # non-finite steps before the run fails
 
   def __post_init__(self):
-    _check_positive(self, "learning_rate", "eps", "max_skips")
+    _check_positive(self, "learning_rate", "eps", "max_skips", "muon_rms")
     _check_not_negative(
       self, "weight_decay", "fusion_multiplier", "head_multiplier"
     )

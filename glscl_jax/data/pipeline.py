@@ -169,6 +169,9 @@ class RowMaker:
     self, pair_key: tuple[int, int, int], caption: str
   ) -> dict[str, np.ndarray]:
     options = self.config.masking
+    if self.config.data.augment.phrases == "subset":
+      rng = masking.sample_rng(*pair_key, "phrases")
+      caption = transforms.phrase_subset(rng, caption)
     tokens = self.tokenizer.encode(caption, self.config.model.text.max_length)
     real_T = tokens.valid_T & (tokens.word_T >= 0)
     row = {

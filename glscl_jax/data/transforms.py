@@ -1,4 +1,4 @@
-"""Images: decoding, training-time augmentation and the evaluation resize.
+"""Images and captions: decoding, training-time augmentation, resizing.
 
 Everything works on (rows, columns, 3) uint8 RGB and stays uint8: the device
 normalises. Resizing is Pillow's bicubic, which antialiases; OpenCV does the
@@ -107,6 +107,22 @@ def augment(
   if rng.random() < 0.5 and may_flip(caption, mode=config.hflip):
     crop_LMC = crop_LMC[:, ::-1]
   return resize(crop_LMC, size=size)
+
+
+def phrase_subset(rng: np.random.Generator, caption: str) -> str:
+  """Some of a caption's phrases: "a: b, c" may become "c, a".
+
+  Phrases stand between colons and commas. Their number is uniform from 1 to
+  all, the order random; a caption of one phrase stays as it is. So a text
+  encoder meets each keyword with few others and must learn what it means.
+  """
+  phrases = [part.strip() for part in re.split(r"[:,]", caption)]
+  phrases = [part for part in phrases if part]
+  if len(phrases) < 2:
+    return caption
+  count = int(rng.integers(1, len(phrases) + 1))
+  chosen = rng.permutation(len(phrases))[:count]
+  return ", ".join(phrases[i] for i in chosen)
 
 
 def may_flip(caption: str, *, mode: str) -> bool:

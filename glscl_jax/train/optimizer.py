@@ -1,4 +1,4 @@
-"""AdamW with warm-up, per-part learning rates and decay (section 4.1.5).
+"""Optimizers with warm-up, per-part rates and decay (section 4.1.5).
 
 The same idiom as for sharding: a table of path patterns, each parameter
 matches exactly one.
@@ -55,6 +55,11 @@ def decays(name: str, config: OptimizerConfig) -> bool:
   return rule == "decay" or (rule == "accident" and config.decay_norms)
 
 
+def decay_rate(name: str, config: OptimizerConfig) -> float:
+  """The weight decay of parameter `name`."""
+  return config.weight_decay if decays(name, config) else 0.0
+
+
 def make_schedule(
   config: OptimizerConfig, num_steps: int
 ) -> Callable[[jax.Array], jax.Array]:
@@ -76,21 +81,19 @@ def make_schedule(
 
 
 class Moments(NamedTuple):
-  """AdamW's state: update count and running moments."""
+  """State of `hf_adamw`: update count and running moments."""
 
   count: jax.Array
   mu: Any
   nu: Any
 
 
-def adamw(
+def hf_adamw(
   config: OptimizerConfig, schedule: Callable[[jax.Array], jax.Array]
 ) -> optax.GradientTransformation:
-  """AdamW with per-parameter learning rate and decay.
+  """The published code's AdamW: eps before the correction, decay last.
 
-  standard: p - lr (m^ / (sqrt(v^) + eps) + wd p)
-  hf:       u = -lr sqrt(1-b2^t)/(1-b1^t) m / (sqrt(v) + eps), then
-            p' = (p + u)(1 - lr wd), as the published code's optimizer.
+  u = -lr sqrt(1-b2^t)/(1-b1^t) m / (sqrt(v) + eps); p' = (p + u)(1 - lr wd)
   """
   b1, b2 = config.beta1, config.beta2
 
@@ -105,37 +108,97 @@ def adamw(
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
     nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
     t = count.astype(jnp.float32)
-    correct1, correct2 = 1 - b1**t, 1 - b2**t
+    correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
     base = schedule(state.count)
 
     def one(name, param, m, v):
       rate = base * lr_multiplier(name, config)
-      decay = config.weight_decay if decays(name, config) else 0.0
-      if config.variant == "hf":
-        scale = rate * jnp.sqrt(correct2) / correct1
-        step = -scale * m / (jnp.sqrt(v) + config.eps)
-        # Two roundings, as there: this matters near 1, for norm scales.
-        moved = param + step
-        return (moved - rate * decay * moved) - param
-      unit = (m / correct1) / (jnp.sqrt(v / correct2) + config.eps)
-      return -rate * (unit + decay * param)
+      step = -rate * correction * m / (jnp.sqrt(v) + config.eps)
+      # Two roundings, as there: this matters near 1, for norm scales.
+      moved = param + step
+      return (moved - rate * decay_rate(name, config) * moved) - param
 
-    updates = jax.tree_util.tree_map_with_path(
-      lambda path, *leaves: one(sharding.path_name(path), *leaves),
-      params,
-      mu,
-      nu,
-    )
-    return updates, Moments(count, mu, nu)
+    return _map_with_name(one, params, mu, nu), Moments(count, mu, nu)
 
   return optax.GradientTransformation(init, update)
+
+
+def scale_by_rules(
+  config: OptimizerConfig, schedule: Callable[[jax.Array], jax.Array]
+) -> optax.GradientTransformation:
+  """u -> -lr (u + wd p), with the learning rate and decay of each parameter."""
+
+  def init(params):
+    del params
+    return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+  def update(directions, state, params):
+    base = schedule(state.count)
+
+    def one(name, param, direction):
+      rate = base * lr_multiplier(name, config)
+      return -rate * (direction + decay_rate(name, config) * param)
+
+    updates = _map_with_name(one, params, directions)
+    return updates, optax.ScaleByScheduleState(state.count + 1)
+
+  return optax.GradientTransformation(init, update)
+
+
+def muon_direction(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Muon (Jordan et al., 2024) for matrices of the towers, Adam for the rest.
+
+  A matrix moves along its orthogonalized momentum, scaled to the root mean
+  square `muon_rms`; leading axes of stacked layers are batch axes.
+  """
+  matrix = optax.contrib.MuonDimensionNumbers(-2, -1)
+
+  def label(name: str, param: jax.Array) -> str:
+    del param
+    # The vocabulary matrix is a table of words, like an embedding.
+    is_table = name == "mlm_head/fc2/kernel"
+    return "matrix" if name.endswith("/kernel") and not is_table else "other"
+
+  def rescale(updates, params=None):
+    del params
+    return jax.tree.map(
+      lambda u: u * (config.muon_rms * max(u.shape[-2:]) ** 0.5), updates
+    )
+
+  orthogonalize = optax.contrib.scale_by_muon(
+    weight_dimension_numbers=lambda updates: jax.tree.map(
+      lambda _: matrix, updates
+    )
+  )
+  return optax.partition(
+    {
+      "matrix": optax.chain(orthogonalize, optax.stateless(rescale)),
+      "other": optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+    },
+    lambda params: sharding.map_with_name(label, params),
+  )
 
 
 def make_optimizer(
   config: OptimizerConfig, num_steps: int
 ) -> optax.GradientTransformation:
-  """Optional clipping by the global norm, then AdamW."""
-  steps = [adamw(config, make_schedule(config, num_steps))]
+  """Optional clipping by the global norm, then `config.variant`.
+
+  standard: AdamW, p - lr (m^ / (sqrt(v^) + eps) + wd p). muon, hf: as above.
+  """
+  schedule = make_schedule(config, num_steps)
+  adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+  steps = {
+    "standard": lambda: [adam, scale_by_rules(config, schedule)],
+    "muon": lambda: [muon_direction(config), scale_by_rules(config, schedule)],
+    "hf": lambda: [hf_adamw(config, schedule)],
+  }[config.variant]()
   if config.clip_norm is not None:
     steps.insert(0, optax.clip_by_global_norm(config.clip_norm))
   return optax.chain(*steps)
+
+
+def _map_with_name(function: Callable[..., Any], *trees: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, *leaves: function(sharding.path_name(path), *leaves), *trees
+  )

@@ -59,19 +59,28 @@ def state_shardings(
 ) -> TrainState:
   """Shardings of a state: moments lie where their parameter lies."""
   by_params = sharding.param_shardings(abstract.params, mesh)
-  structure = jax.tree.structure(abstract.params)
   whole = sharding.replicated(mesh)
-
-  def is_params(tree: Any) -> bool:
-    return jax.tree.structure(tree) == structure
-
-  opt_state = jax.tree.map(
-    lambda tree: by_params if is_params(tree) else whole,
-    abstract.opt_state,
-    is_leaf=is_params,
+  by_name = {}
+  sharding.map_with_name(by_name.__setitem__, by_params)
+  shapes = {}
+  sharding.map_with_name(
+    lambda name, leaf: shapes.__setitem__(name, leaf.shape), abstract.params
   )
+
+  def of_leaf(path: str, leaf: jax.ShapeDtypeStruct) -> Any:
+    """A moment's path ends in the path of its parameter."""
+    parts = path.split("/")
+    for start in range(len(parts)):
+      name = "/".join(parts[start:])
+      if name in by_name and shapes[name] == leaf.shape:
+        return by_name[name]
+    return whole
+
   return TrainState(
-    step=whole, params=by_params, opt_state=opt_state, num_skipped=whole
+    step=whole,
+    params=by_params,
+    opt_state=sharding.map_with_name(of_leaf, abstract.opt_state),
+    num_skipped=whole,
   )
 
 
