@@ -50,7 +50,8 @@ train_arguments=("$@")
 plan="
 install:install:2
 data:data:3
-pretrain:training:18
+towers:training:12
+glscl:training:8
 evaluate:evaluation:2
 export:report:1
 report:report:1
@@ -72,11 +73,22 @@ stage_data() {
   chain=$(fingerprint "" "$data/manifest.json")
 }
 
-stage_pretrain() {
-  make_once "$work/config.json" "$work/checkpoints" -- \
-    "$python" launch/train.py --config=configs/quickstart.py \
-    --workdir="$work" --config.data.dir="$data" --config.data.seed="$seed" \
-    --config.train.seed="$seed" ${train_arguments[@]+"${train_arguments[@]}"}
+# Both encoders, contrastive: what CLIP and RoBERTa weights are to the papers.
+stage_towers() { train "$work/towers" configs/quickstart.py:towers; }
+
+stage_glscl() {
+  train "$work" configs/quickstart.py --config.train.init_from="$work/towers"
+}
+
+# train WORKDIR RECIPE ARGUMENTS..: the same command resumes what was stopped.
+train() {
+  local into=$1 recipe=$2
+  shift 2
+  make_once "$into/config.json" "$into/checkpoints" -- \
+    "$python" launch/train.py --config="$recipe" --workdir="$into" \
+    --config.data.dir="$data" --config.data.seed="$seed" \
+    --config.train.seed="$seed" "$@" \
+    ${train_arguments[@]+"${train_arguments[@]}"}
 }
 
 stage_evaluate() {

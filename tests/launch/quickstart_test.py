@@ -68,7 +68,8 @@ def start(clone, *arguments, fail="", cwd=None):
   return run, [line.split()[0] for line in lines], lines
 
 
-ALL = ["prepare", "train", "evaluate", "export", "report"]
+# Training has two stages: the towers, then GLSCL.
+ALL = ["prepare", "train", "train", "evaluate", "export", "report"]
 
 
 def test_a_first_start_runs_every_stage_and_shows_the_time_of_each(clone):
@@ -85,10 +86,10 @@ def test_a_second_start_makes_nothing_again(clone):
   run, started, _ = start(clone)
   assert run.returncode == 0
   assert started == ["prepare"]  # which checks its directory by itself
-  assert run.stdout.count("whole already") == 4
+  assert run.stdout.count("whole already") == 5
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", sorted(set(ALL)))
 def test_a_stage_that_was_stopped_is_the_first_of_the_next_start(clone, name):
   run, started, _ = start(clone, fail=name)
   assert run.returncode == 130
@@ -107,6 +108,7 @@ def test_a_stage_that_was_stopped_is_the_first_of_the_next_start(clone, name):
   ("path", "again", "damage"),
   [
     ("checkpoints/result", ["train"], "cut"),
+    ("towers/checkpoints/result", ["train"], "removed"),
     ("eval/retrieval/result", ["evaluate"], "removed"),
     ("export/result", ["export"], "cut"),
     ("report.html", ["report"], "removed"),
@@ -140,9 +142,9 @@ def test_seeds_share_the_data_and_nothing_else(clone):
   start(clone, "--seed=1")
   _, started, lines = start(clone, "--seed=2")
   assert started == ALL
-  train = lines[1].split()
-  assert "--config.train.seed=2" in train
-  assert "--config.data.seed=2" in train
+  for train in (lines[1].split(), lines[2].split()):
+    assert "--config.train.seed=2" in train
+    assert "--config.data.seed=2" in train
   assert (clone / "runs/quickstart-seed1/report.html").exists()
   assert (clone / "runs/quickstart-seed2/report.html").exists()
 
@@ -157,9 +159,19 @@ def test_folders_are_meant_from_where_the_user_is(clone, tmp_path):
   assert not (clone / "runs").exists()
 
 
+def test_the_second_training_starts_from_the_first(clone):
+  _, _, lines = start(clone)
+  work = clone / "runs/quickstart-seed0"
+  assert f"--workdir={work}/towers" in lines[1].split()
+  assert "--config=configs/quickstart.py:towers" in lines[1].split()
+  assert f"--workdir={work}" in lines[2].split()
+  assert f"--config.train.init_from={work}/towers" in lines[2].split()
+
+
 def test_more_arguments_reach_the_training(clone):
   _, _, lines = start(clone, "--", "--config.train.num_steps=5")
-  assert lines[1].endswith("--config.train.num_steps=5")
+  for line in lines[1:3]:
+    assert line.endswith("--config.train.num_steps=5")
 
 
 @pytest.mark.parametrize("argument", ["--sed=1", "1", "--seed=x", "--seed="])
