@@ -9,9 +9,6 @@ from ml_collections import config_flags
 from glscl_jax import config
 
 ROOT = pathlib.Path(__file__).parents[1]
-RECIPES = sorted(
-  path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__"
-)
 
 
 def changed(path, value):
@@ -377,10 +374,25 @@ def test_an_override_out_of_range_names_its_path(tmp_path):
 
 # The recipes.
 
+# Arguments that a recipe takes besides none.
+ARGUMENTS = {"quickstart": ("towers",)}
+RECIPES = [
+  recipe
+  for path in sorted((ROOT / "configs").glob("*.py"))
+  for recipe in (
+    str(path),
+    *(f"{path}:{argument}" for argument in ARGUMENTS.get(path.stem, ())),
+  )
+]
 
-def load(path):
+
+def golden_name(recipe):
+  return pathlib.Path(recipe).name.replace(".py", "").replace(":", "_")
+
+
+def load(recipe):
   values = flags.FlagValues()
-  arguments = ["train.py", f"--config={path}"]
+  arguments = ["train.py", f"--config={recipe}"]
   holder = config_flags.DEFINE_config_file(
     "config", lock_config=True, flag_values=values, sys_argv=arguments
   )
@@ -388,20 +400,28 @@ def load(path):
   return holder.value
 
 
-def test_there_are_recipes():
-  assert RECIPES
+@pytest.mark.parametrize("recipe", RECIPES, ids=golden_name)
+def test_a_recipe_is_what_its_golden_file_says(recipe, check_golden):
+  made = config.from_config_dict(load(recipe))
+  check_golden(
+    f"config/{golden_name(recipe)}.json", config.to_json(made) + "\n"
+  )
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_what_its_golden_file_says(path, check_golden):
-  made = config.from_config_dict(load(path))
-  check_golden(f"config/{path.stem}.json", config.to_json(made) + "\n")
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_names_every_value(path):
+@pytest.mark.parametrize("recipe", RECIPES, ids=golden_name)
+def test_a_recipe_names_every_value(recipe):
   """A recipe starts from the defaults, so every value can be overridden."""
-  tree = load(path)
-  assert json.loads(tree.to_json()).keys() == {
-    item.name for item in dataclasses.fields(config.Config)
-  }
+
+  def names(tree):
+    return {
+      name: names(value) if isinstance(value, dict) else None
+      for name, value in json.loads(json.dumps(tree)).items()
+    }
+
+  default = config.to_config_dict(config.Config())
+  assert names(load(recipe).to_dict()) == names(default.to_dict())
+
+
+def test_every_golden_text_has_its_recipe():
+  texts = {path.stem for path in (ROOT / "tests/golden/config").glob("*")}
+  assert texts == {golden_name(recipe) for recipe in RECIPES}
