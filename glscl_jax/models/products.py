@@ -44,12 +44,14 @@ def _dot_backward(dtype, saved, grad_AF):
 
 
 def _transpose(x_AD: jax.Array) -> jax.Array:
-  """x^T; on CPU as a row-major copy.
+  """x^T; on one CPU device as a row-major copy.
 
   XLA would fold the transpose into the product, and its fast CPU product does
   not take a contraction over the first axis: the copy is 1.7 times faster.
+  With several devices the constraint would gather x on each of them, because
+  XLA does not partition it.
   """
-  if jax.default_backend() != "cpu":
+  if jax.default_backend() != "cpu" or jax.device_count() > 1:
     return x_AD.T
   return layout.with_layout_constraint(
     jnp.transpose(x_AD), layout.Layout((0, 1))
