@@ -219,6 +219,7 @@ def test_optional_values_take_none_and_a_value(path):
     ("optimizer.warmup_fraction", 1.0, "must be in [0, 1), is 1.0"),
     ("optimizer.beta2", 1.0, "must be in [0, 1), is 1.0"),
     ("optimizer.learning_rate", 0.0, "must be positive, is 0.0"),
+    ("optimizer.muon_rms", 0.0, "must be positive, is 0.0"),
     ("optimizer.weight_decay", -1.0, "must not be negative, is -1.0"),
     ("optimizer.clip_norm", 0.0, "must be positive, is 0.0"),
     ("objectives.itc", -1.0, "must not be negative, is -1.0"),
@@ -375,7 +376,11 @@ def test_an_override_out_of_range_names_its_path(tmp_path):
 # The recipes.
 
 # Arguments that a recipe takes besides none.
-ARGUMENTS = {"quickstart": ("towers",)}
+ARGUMENTS = {
+  "glscl_base": ("ablation",),
+  "scl_base": ("ablation",),
+  "quickstart": ("towers",),
+}
 RECIPES = [
   recipe
   for path in sorted((ROOT / "configs").glob("*.py"))
