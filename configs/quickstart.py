@@ -60,8 +60,6 @@ def get_config(stage: str = "glscl"):
   config.optimizer.variant = "muon"
   config.optimizer.muon_rms = 0.8
   config.optimizer.learning_rate = 1e-3
-  config.optimizer.fusion_multiplier = 1.0  # nothing here is pre-trained
-  config.optimizer.head_multiplier = 1.0
   config.optimizer.weight_decay = 0.1
   config.optimizer.clip_norm = 1.0
 
@@ -76,7 +74,7 @@ def get_config(stage: str = "glscl"):
     config.train.num_steps = TOWERS_STEPS
     config.train.eval_every = TOWERS_STEPS // 5
   elif stage == "glscl":
-    config.optimizer.learning_rate = 3e-4
+    config.optimizer.learning_rate = 2e-4  # of the towers; fusion x 5
     config.train.num_steps = GLSCL_STEPS
     config.train.eval_every = GLSCL_STEPS // 5
   else:
