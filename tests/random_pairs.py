@@ -218,3 +218,13 @@ def difference(a, b) -> float:
       strict=True,
     )
   )
+
+
+def moments(opt_state):
+  """AdamW's running moments somewhere in an optimizer state."""
+  (found,) = [
+    node
+    for node in jax.tree.leaves(opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+    if hasattr(node, "mu")
+  ]
+  return found

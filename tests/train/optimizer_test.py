@@ -9,6 +9,7 @@ import pytest
 
 from glscl_jax.config import OptimizerConfig
 from glscl_jax.train import optimizer
+from tests import random_pairs
 
 # One parameter of each kind: (multiplier, decays, decays with decay_norms).
 KINDS = {
@@ -196,7 +197,7 @@ def test_gradients_are_clipped_by_their_global_norm(factor):
   config = OptimizerConfig(clip_norm=norm / factor)
   transform = optimizer.make_optimizer(config, 20)
   _, state = transform.update(gradients, transform.init(draw(0)), draw(0))
-  (moments,) = [s for s in state if isinstance(s, optimizer.Moments)]
+  moments = random_pairs.moments(state)
   expected = jax.tree.map(
     lambda g: (1 - config.beta1) * g / max(factor, 1.0), gradients
   )
@@ -208,7 +209,56 @@ def test_without_clipping_gradients_of_any_size_pass():
   transform = optimizer.make_optimizer(config, 20)
   gradients = draw(1, scale=1e6)
   _, state = transform.update(gradients, transform.init(draw(0)), draw(0))
-  (moments,) = [s for s in state if isinstance(s, optimizer.Moments)]
+  moments = random_pairs.moments(state)
   assert_close(
     moments.mu, jax.tree.map(lambda g: (1 - config.beta1) * g, gradients)
   )
+
+
+def muon_updates(config):
+  """The first update of a table, a bias and two stacked matrices."""
+  rng = np.random.default_rng(0)
+  shapes = {
+    "text": {"word_embedding": (6, 8)},
+    "fusion": {"stack": {"layers": {"mlp": {"fc1": {"kernel": (2, 8, 32)}}}}},
+    "mlm_head": {"fc1": {"bias": (8,)}, "fc2": {"kernel": (8, 6)}},
+  }
+  params, gradients = (
+    jax.tree.map(
+      lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+      shapes,
+      is_leaf=lambda x: isinstance(x, tuple),
+    )
+    for _ in range(2)
+  )
+  transform = optimizer.make_optimizer(config, 20)
+  updates, _ = transform.update(gradients, transform.init(params), params)
+  return updates
+
+
+def test_muon_moves_each_layer_along_an_orthogonal_matrix():
+  config = OptimizerConfig(
+    learning_rate=0.1,
+    warmup_fraction=0.0,
+    weight_decay=0.0,
+    variant="muon",
+    fusion_multiplier=1.0,
+  )
+  updates = muon_updates(config)
+  kernel_NDF = updates["fusion"]["stack"]["layers"]["mlp"]["fc1"]["kernel"]
+  for update_DF in np.asarray(kernel_NDF):
+    # Five Newton-Schulz steps bring singular values near one, not to it.
+    values = np.linalg.svd(update_DF, compute_uv=False)
+    assert values.max() < 2 * values.min()
+    rms = np.sqrt(np.mean(np.square(update_DF)))
+    assert rms == pytest.approx(0.1 * config.muon_rms, rel=0.3)
+
+
+def test_muon_leaves_tables_and_vectors_to_adam():
+  config = OptimizerConfig(
+    learning_rate=0.1, warmup_fraction=0.0, weight_decay=0.3
+  )
+  standard = muon_updates(config)
+  muon = muon_updates(dataclasses.replace(config, variant="muon"))
+  for part in ("text", "mlm_head"):
+    jax.tree.map(np.testing.assert_array_equal, muon[part], standard[part])
