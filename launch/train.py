@@ -28,7 +28,7 @@ from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, pipeline, retrieval_set
 from glscl_jax.data import tokenizer as tokenizer_lib
 from glscl_jax.export import weights
-from glscl_jax.tasks import retrieval
+from glscl_jax.tasks import ranking, retrieval
 from glscl_jax.train import checkpoint, dry_run, loop
 
 USER_ERRORS = (
@@ -37,6 +37,8 @@ USER_ERRORS = (
   loop.TrainError,
   pairs.DataError,
   pipeline.BadDataError,
+  ranking.RankingError,
+  retrieval.RetrievalError,
   retrieval_set.RetrievalSetError,
   tokenizer_lib.TokenizerError,
   weights.WeightsError,

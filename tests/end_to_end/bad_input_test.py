@@ -207,4 +207,4 @@ def test_another_tokenizer_of_the_same_size_is_refused(trained, tmp_path):
 
 def test_captions_over_the_limit_are_counted(trained):
   text = (trained.workdir / "log-0.txt").read_text()
-  assert re.search(r"data: 128 rows, [1-9]\d* captions cut to 12 tokens", text)
+  assert re.search(r"data: 480 rows, [1-9]\d* captions cut to 12 tokens", text)

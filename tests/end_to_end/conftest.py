@@ -9,17 +9,18 @@ import itertools
 import json
 import pathlib
 import textwrap
+from collections.abc import Callable, Iterator
 
 import cv2
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import (
-  compilation_cache as compilation_cache_lib,
-)
 
 from glscl_jax.data import prepare
 from launch import train as launcher
+from tests.end_to_end import child
+
+ROOT = pathlib.Path(launcher.__file__).parents[1]
+NUM_STEPS = 60
 
 COLORS = {"red": (0, 0, 200), "green": (0, 200, 0), "blue": (200, 0, 0)}
 SHAPES = ("square", "disc", "bar")
@@ -123,7 +124,7 @@ RECIPE = """
       c.objectives.mltc_image_group = 8
       c.objectives.mltc_text_group = 8
       c.optimizer.learning_rate = 1e-3
-      c.train.num_steps = 16
+      c.train.num_steps = {num_steps}
       c.train.log_every = 1
       c.train.save_every = 3
       return c
@@ -137,7 +138,9 @@ def make_project(folder: pathlib.Path) -> Project:
   ]
   recipe = folder / "recipe.py"
   recipe.write_text(
-    textwrap.dedent(RECIPE).format(data=str(data), vocab_size=vocab_size)
+    textwrap.dedent(RECIPE).format(
+      data=str(data), vocab_size=vocab_size, num_steps=NUM_STEPS
+    )
   )
   return Project(data, recipe)
 
@@ -149,33 +152,39 @@ def project(tmp_path_factory) -> Project:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """A finished run of 16 steps, validated at 8 and 16."""
+  """A finished, undisturbed run of NUM_STEPS, validated twice."""
 
   project: Project
   workdir: pathlib.Path
   flags: tuple[str, ...]
-  result: Result
+  output: str
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory):
-  """Lets runs of one session share their compiled steps."""
-  options = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache_lib.reset_cache()
+def starter(tmp_path_factory) -> Iterator[child.Starter]:
+  """Starts the launcher on one device; all share a compilation cache."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("PYTHONPATH", str(ROOT))
+    cache = tmp_path_factory.mktemp("cache")
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    yield child.Starter()
 
 
 @pytest.fixture(scope="session")
-def trained(project, tmp_path_factory, compilation_cache) -> Trained:
+def start(project, starter) -> Callable[..., child.Child]:
+  """A function (workdir, *flags) that starts the recipe."""
+  return lambda workdir, *flags: starter(
+    project.command(workdir, *flags), workdir
+  )
+
+
+@pytest.fixture(scope="session")
+def trained(project, start, tmp_path_factory) -> Trained:
   workdir = tmp_path_factory.mktemp("trained") / "work"
-  flags = ("--config.train.eval_every=8", "--config.train.eval_splits=val")
-  return Trained(project, workdir, flags, project.run(workdir, *flags))
+  flags = (
+    f"--config.train.eval_every={NUM_STEPS // 2}",
+    "--config.train.eval_splits=val",
+  )
+  return Trained(project, workdir, flags, start(workdir, *flags).finish())
