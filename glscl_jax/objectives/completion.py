@@ -63,5 +63,5 @@ def local_completion(
     image_id_A=jnp.repeat(image_id_B, items),
     sample_A=jnp.repeat(samples_B, items),
     same_image=same_image,
-    group=min(group, batch) * items,
+    group=group * items,
   )

@@ -60,14 +60,16 @@ def info_nce(
     same_image: "none" keeps same-image pairs as negatives, "ignore" takes them
       out of the denominator, "positive" makes them targets of equal weight.
     group: consecutive rows contrasted with each other; losses of groups are
-      averaged. None: all rows.
+      averaged. None, or more than there are: all rows.
     reduce: "sum" of the two directions or their "mean".
 
   Returns:
     A scalar; 0 when nothing is valid.
   """
   num_rows = query_AE.shape[0]
-  size = group or num_rows
+  if num_rows == 0:
+    return jnp.zeros(())
+  size = num_rows if group is None else min(group, num_rows)
   ones_A = jnp.ones(num_rows, bool)
   ids_A = jnp.arange(num_rows, dtype=jnp.int32)
   image_id_A = ids_A if image_id_A is None else image_id_A

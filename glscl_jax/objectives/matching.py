@@ -11,13 +11,30 @@ import jax.numpy as jnp
 
 
 def match_cross_entropy(
-  logits_B2: jax.Array, labels_B: jax.Array
+  logits_B2: jax.Array, labels_B: jax.Array, ok_B: jax.Array | None = None
 ) -> jax.Array:
-  """ITM = mean CE(logits, label), label 1 = the pair belongs together."""
+  """ITM = sum ok * CE(logits, label) / max(1, sum ok); 1 = a true pair.
+
+  `ok_B` marks the pairs that count; None: all.
+  """
   log_p_B2 = jax.nn.log_softmax(logits_B2.astype(jnp.float32), axis=-1)
-  return -jnp.mean(
-    jnp.take_along_axis(log_p_B2, labels_B[:, None], axis=1)[:, 0]
-  )
+  losses_B = -jnp.take_along_axis(log_p_B2, labels_B[:, None], axis=1)[:, 0]
+  return _masked_mean(losses_B, ok_B)
+
+
+def accuracy(
+  logits_B2: jax.Array, labels_B: jax.Array, ok_B: jax.Array | None = None
+) -> jax.Array:
+  """Share of the pairs that count whose label is the likelier one."""
+  hits_B = jnp.argmax(logits_B2, axis=-1) == labels_B
+  return _masked_mean(hits_B.astype(jnp.float32), ok_B)
+
+
+def _masked_mean(values_B: jax.Array, ok_B: jax.Array | None) -> jax.Array:
+  if ok_B is None:
+    return jnp.mean(values_B)
+  total = jnp.sum(jnp.where(ok_B, values_B, 0.0))
+  return total / jnp.maximum(jnp.sum(ok_B, dtype=jnp.float32), 1.0)
 
 
 def half_labels(key: jax.Array, batch: int, group: int) -> jax.Array:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from glscl_jax.config import OBJECTIVES, Config, DataConfig, ObjectiveConfig
+from glscl_jax.data import masking
 from glscl_jax.models import layers
 from glscl_jax.models.products import activation_dtype
 from glscl_jax.models.towers import Towers
@@ -94,7 +95,7 @@ class Encoded:
   text_valid_BT: jax.Array
   joint: tuple[jax.Array, jax.Array] | None  # ITC vectors: text, image
   itm_labels_B: jax.Array | None
-  itm_ok_B: jax.Array | None
+  itm_ok_B: jax.Array | None  # pairs that count; None: all
 
 
 def normalize_images(image_BYXC: jax.Array, data: DataConfig) -> jax.Array:
@@ -169,8 +170,13 @@ def itm_images(
   joint: tuple[jax.Array, jax.Array] | None,
   config: Config,
   key: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Image states shown to each text: its own (label 1) or a false one."""
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """Image states shown to each text, labels, and which pairs count.
+
+  A text is shown its own image (label 1) or a false one. Where its group holds
+  no other image, "hard" drops the pair and "in_batch" shows its own (4.1.3,
+  3.3). None: all pairs count.
+  """
   batch_size = y_BID.shape[0]
   group = min(config.objectives.neg_group, batch_size)
   if config.objectives.itm_negatives == "dataset":
@@ -185,7 +191,7 @@ def itm_images(
     )
     states_AID = encode_images(model, false, ("full",), config)["full"]
     shown_BID = y_BID.at[rows_A].set(model.fusion.transform_image(states_AID))
-    return shown_BID, batch.itm_labels_B, jnp.ones(batch_size, bool)
+    return shown_BID, batch.itm_labels_B, None
   label_key, draw_key = jax.random.split(key)
   labels_B = matching.half_labels(label_key, batch_size, group)
   if config.objectives.itm_negatives == "hard":
@@ -193,18 +199,23 @@ def itm_images(
     text_GAE, image_GAE = (
       contrastive.normalize(v).reshape(-1, group, v.shape[-1]) for v in joint
     )
-    similarity_GAA = jnp.einsum("GAE,GBE->GAB", text_GAE, image_GAE)
-    index_B, ok_B = matching.hard_negatives(
+    similarity_GAA = jnp.einsum(
+      "GAE,GBE->GAB",
+      text_GAE,
+      image_GAE,
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    index_B, found_B = matching.hard_negatives(
       similarity_GAA / model.temperature(),
       ids_GA[:, :, None] == ids_GA[:, None, :],
       draw_key,
     )
+    ok_B = found_B | (labels_B == 1)
   else:
-    index_B, ok_B = matching.random_negatives(
+    index_B, found_B = matching.random_negatives(
       batch.image_id_B, draw_key, group
     )
-  # A sample whose group holds no other image shows its own.
-  labels_B = jnp.where(ok_B, labels_B, 1)
+    labels_B, ok_B = jnp.where(found_B, labels_B, 1), None
   false_BID = matching.take_from_group(y_BID, index_B, group)
   own_B11 = (labels_B == 1)[:, None, None]
   return jnp.where(own_B11, y_BID, false_BID), labels_B, ok_B
@@ -306,10 +317,9 @@ def _mlm(context: Context) -> Terms:
 def _itm(context: Context) -> Terms:
   x_B1D, y_B1D = context.rows("itm")
   logits_B2 = context.model.match_logits(x_B1D[:, 0], y_B1D[:, 0])
-  labels_B = context.encoded.itm_labels_B
-  hits_B = jnp.argmax(logits_B2, axis=-1) == labels_B
-  loss = matching.match_cross_entropy(logits_B2, labels_B)
-  return loss, {"itm_accuracy": jnp.mean(hits_B)}
+  pairs = context.encoded.itm_labels_B, context.encoded.itm_ok_B
+  loss = matching.match_cross_entropy(logits_B2, *pairs)
+  return loss, {"itm_accuracy": matching.accuracy(logits_B2, *pairs)}
 
 
 def _itc(context: Context) -> Terms:
@@ -434,8 +444,12 @@ def init(config: Config, key: jax.Array) -> Params:
 def example_batch(config: Config) -> Batch:
   """A batch of two samples with the shapes of the real one, all zeros."""
   vision, text = config.model.vision, config.model.text
-  num_kept = round_down(vision.num_patches, 1 - config.masking.image_drop_ratio)
-  num_tok = round_down(vision.num_patches, config.masking.image_token_ratio)
+  num_kept = masking.num_kept(
+    vision.num_patches, config.masking.image_drop_ratio
+  )
+  num_tok = masking.num_hidden(
+    vision.num_patches, config.masking.image_token_ratio
+  )
   size = vision.image_size
   ids_BT = jnp.zeros((2, text.max_length), jnp.int32)
   valid_BT = jnp.ones((2, text.max_length), bool)
@@ -459,11 +473,6 @@ def example_batch(config: Config) -> Batch:
     itm_labels_B=jnp.array([0, 1], jnp.int32),
     false_image_BYXC=image_BYXC,
   )
-
-
-def round_down(count: int, ratio: float) -> int:
-  """floor(count * ratio + 1e-6): exact where the float falls just short."""
-  return int(count * ratio + 1e-6)
 
 
 def encode_image(
@@ -518,9 +527,7 @@ def match_scores(
   def method(model: Towers) -> jax.Array:
     streams = _fused_body(model, x_BTD, text_valid_BT, y_BID)
     class_B1 = jnp.zeros((x_BTD.shape[0], 1), jnp.int32)
-    x_B1D, y_B1D = model.fusion.head(
-      streams, text_valid_BT, class_B1, class_B1
-    )
+    x_B1D, y_B1D = model.fusion.head(streams, text_valid_BT, class_B1, class_B1)
     return model.match_logits(x_B1D[:, 0], y_B1D[:, 0])
 
   logits_B2 = _apply(params, config, method)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,3 +167,20 @@ def test_zero_tokens_have_a_finite_gradient():
   value, grad = jax.value_and_grad(local)(zeros, zeros)
   assert np.isfinite(value)
   assert np.all(np.isfinite(grad))
+
+
+def test_without_items_local_completion_is_zero():
+  nothing = jnp.zeros((4, 0, 8))
+  found = completion.local_completion(
+    nothing, nothing, temperature=0.03, group=2
+  )
+  assert found == 0.0
+
+
+def test_a_group_larger_than_the_batch_is_the_whole_batch():
+  rng = np.random.default_rng(3)
+  masked, complete = rng.standard_normal((2, 4, 8)).astype(np.float32)
+  run = functools.partial(
+    completion.global_completion, masked, complete, temperature=0.1
+  )
+  np.testing.assert_array_equal(run(group=16), run())

@@ -163,3 +163,17 @@ def test_taken_rows_come_from_the_own_group():
   index = np.array([2, 0, 1, 0, 0, 2], np.int32)
   found = matching.take_from_group(jnp.asarray(items), jnp.asarray(index), 3)
   np.testing.assert_array_equal(found, items[[2, 0, 1, 3, 3, 5]])
+
+
+def test_pairs_that_do_not_count_reach_neither_loss_nor_accuracy():
+  logits = np.array([[2.0, 0.5], [0.0, 9.0], [-1.0, 3.0]], np.float32)
+  labels = np.array([0, 0, 1], np.int32)
+  ok = np.array([True, False, True])
+  for function in (matching.match_cross_entropy, matching.accuracy):
+    np.testing.assert_allclose(
+      function(logits, labels, ok), function(logits[ok], labels[ok]), rtol=1e-6
+    )
+    assert function(logits, labels, np.zeros(3, bool)) == 0.0
+    np.testing.assert_array_equal(
+      function(logits, labels), function(logits, labels, np.ones(3, bool))
+    )
