@@ -75,6 +75,17 @@ def read_manifest(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
   return manifest
 
 
+def hash_split(manifest: Mapping[str, Any], split: str) -> str:
+  """A hash of the records of a split, wherever the directory lies."""
+  hashes = {
+    name: entry["sha256"]
+    for name, entry in manifest["files"].items()
+    if f"-{split}.array_record" in name
+  }
+  text = json.dumps(hashes, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
 def find_damage(
   data_dir: str | os.PathLike[str], *, source: Mapping[str, Any]
 ) -> str:

@@ -180,9 +180,9 @@ def check_parameters(
   """
   wanted = {
     name.replace("/", "."): tuple(leaf.shape)
-    for name, leaf in _names(
+    for name, leaf in checkpoint.flatten(
       jax.eval_shape(lambda: glscl.init(config, jax.random.key(0)))
-    )
+    ).items()
   }
   found = {name: tuple(array.shape) for name, array in flat.items()}
   lines = [f"  {name}: missing" for name in sorted(wanted.keys() - found)]
@@ -196,13 +196,6 @@ def check_parameters(
     raise WeightsError(
       f"{where} does not fit its configuration:\n" + "\n".join(lines[:20])
     )
-
-
-def _names(tree: Any) -> list[tuple[str, Any]]:
-  return [
-    (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  ]
 
 
 def open_weights(
@@ -268,7 +261,7 @@ def read_params(path: str) -> tuple[Params, dict[str, Any]]:
 def _choose_step(workdir: pathlib.Path, step: str | int) -> str | int:
   if step != "auto":
     return step
-  return "best" if (workdir / "best.json").is_file() else "latest"
+  return "best" if checkpoint.has_best(workdir) else "latest"
 
 
 def params_sha256(params: Params) -> str:

@@ -12,7 +12,6 @@ was not measured is absent, never 0 (systems.md 6.8).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -61,20 +60,9 @@ def identify(data_dir: str | os.PathLike[str]) -> DataSet:
     path=str(path),
     sha256=digest,
     split_sha256={
-      split: hash_split(manifest, split) for split in manifest["splits"]
+      split: pairs.hash_split(manifest, split) for split in manifest["splits"]
     },
   )
-
-
-def hash_split(manifest: Mapping[str, Any], split: str) -> str:
-  """A hash of the records of a split, as the lineage of a run stores it."""
-  hashes = {
-    name: entry["sha256"]
-    for name, entry in manifest["files"].items()
-    if f"-{split}.array_record" in name
-  }
-  text = json.dumps(hashes, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make_lineage(

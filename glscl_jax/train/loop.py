@@ -18,8 +18,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import pathlib
@@ -159,6 +157,9 @@ def open_inputs(config: config_lib.Config) -> Inputs:
     )
   mesh = sharding.make_mesh(config.mesh)
   pipeline.check_batch(config, mesh.shape, jax.process_count())
+  # Not jax's own numbers: with a tensor axis that spans processes, these hold
+  # the same rows.
+  block, num_blocks = pipeline.process_block(mesh, batch_size=data.batch_size)
   manifest = pairs.read_manifest(data.dir)
   _check_validation(config, manifest["splits"])
   path = (
@@ -170,8 +171,8 @@ def open_inputs(config: config_lib.Config) -> Inputs:
   iterator = pipeline.make_train_iterator(
     config,
     tokenizer,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=block,
+    process_count=num_blocks,
   )
   return Inputs(
     mesh=mesh,
@@ -180,7 +181,7 @@ def open_inputs(config: config_lib.Config) -> Inputs:
     iterator=iterator,
     data_facts={
       "data_dir": str(pathlib.Path(data.dir).absolute()),
-      "data_sha256": _hash_split(manifest, data.train_split),
+      "data_sha256": pairs.hash_split(manifest, data.train_split),
       "train_split": data.train_split,
       "train_records": manifest["splits"][data.train_split],
     },
@@ -726,16 +727,6 @@ def _check_validation(
       "config.train.eval_every: validation ranks by the contrastive vectors, "
       "which objectives.itc = 0 leaves out; set eval_every to 0"
     )
-
-
-def _hash_split(manifest: Mapping[str, Any], split: str) -> str:
-  """A hash of the records of a split, wherever the directory lies."""
-  hashes = {
-    name: entry["sha256"]
-    for name, entry in manifest["files"].items()
-    if f"-{split}.array_record" in name
-  }
-  return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
