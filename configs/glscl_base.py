@@ -1,8 +1,9 @@
 """GLSCL at the paper's size: ViT-B/16 at 288 px, RoBERTa-base, 6+6 fusion.
 
 `--config=configs/glscl_base.py:ablation` (COCO + VG, 15,000 steps) or `:main`
-(COCO + VG + SBU + CC3M, 100,000 steps). Parameters start from CLIP ViT-B/16
-and RoBERTa-base in the paper; set `train.init_from` to weights you hold.
+(COCO + VG + SBU + CC3M, 100,000 steps). The paper starts from CLIP ViT-B/16 and
+RoBERTa-base; here parameters are random unless `train.init_from` names a work
+dir or an export of this package.
 """
 
 from glscl_jax import config as config_lib

@@ -123,10 +123,3 @@ def param_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:
     lambda name, leaf: NamedSharding(mesh, param_spec(name, leaf.shape, mesh)),
     params,
   )
-
-
-def constrain_batch(x: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
-  """Keeps the leading axis of an activation on the batch axes."""
-  if mesh is None:
-    return x
-  return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))

@@ -44,8 +44,6 @@ class Towers(nn.Module):
       self.image_projection(image_BD).astype(jnp.float32),
     )
 
-  def match_logits(
-    self, text_BD: jax.Array, image_BD: jax.Array
-  ) -> jax.Array:
+  def match_logits(self, text_BD: jax.Array, image_BD: jax.Array) -> jax.Array:
     """(B, 2) float32; class 1 = the pair belongs together."""
     return self.match_head(self.fusion.pool(text_BD, image_BD))

@@ -17,7 +17,7 @@ from glscl_jax.models import layers, products, transformer
 
 
 def patchify(image_BYXC: jax.Array, patch_size: int) -> jax.Array:
-  """(B,R,R,3) to (B,I,P): patches row-major, values as (row, column, channel)."""
+  """(B,R,R,3) to (B,I,P), patches row-major, values (row, column, channel)."""
   batch, rows, columns, channels = image_BYXC.shape
   grid = image_BYXC.reshape(
     batch,
@@ -103,9 +103,7 @@ class VisionEncoder(nn.Module):
 
   def hide(self, x_BID: jax.Array, tok_idx_BJ: jax.Array) -> jax.Array:
     """As `complete`, with the patches `tok_idx_BJ` replaced by a token."""
-    return self.complete(
-      replace_patches(x_BID, tok_idx_BJ, self.mask_token())
-    )
+    return self.complete(replace_patches(x_BID, tok_idx_BJ, self.mask_token()))
 
   def drop(self, x_BID: jax.Array, keep_idx_BJ: jax.Array) -> jax.Array:
     """As `complete`, with only the patches `keep_idx_BJ`, (B, 1 + J, D)."""

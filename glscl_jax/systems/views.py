@@ -57,9 +57,7 @@ def make_plan(
   image_rows: dict[Pass, dict[str, None]] = {}
   for read in reads:
     text_rows.setdefault(read.fused, {}).update(dict.fromkeys(read.text_rows))
-    image_rows.setdefault(read.fused, {}).update(
-      dict.fromkeys(read.image_rows)
-    )
+    image_rows.setdefault(read.fused, {}).update(dict.fromkeys(read.image_rows))
   fused_images = [fused.image for fused in text_rows]
   fused_texts = [fused.text for fused in text_rows]
   return Plan(
@@ -96,11 +94,10 @@ def batch_by_shape(function, items: Mapping) -> dict:
       stack_rows(list(column))
       for column in zip(*(items[n] for n in names), strict=True)
     ]
-    outputs = function(*joined)
-    for i, name in enumerate(names):
-      results[name] = jax.tree.map(
-        lambda a, i=i, n=len(names): unstack_rows(a, n)[i], outputs
-      )
+    leaves, structure = jax.tree.flatten(function(*joined))
+    columns = [unstack_rows(leaf, len(names)) for leaf in leaves]
+    for name, own in zip(names, zip(*columns, strict=True), strict=True):
+      results[name] = jax.tree.unflatten(structure, own)
   return {name: results[name] for name in items}
 
 

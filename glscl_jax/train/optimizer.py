@@ -126,7 +126,7 @@ def hf_adamw(
 def scale_by_rules(
   config: OptimizerConfig, schedule: Callable[[jax.Array], jax.Array]
 ) -> optax.GradientTransformation:
-  """u -> -lr (u + wd p), with the learning rate and decay of each parameter."""
+  """Makes -lr (u + wd p) of u, with each parameter's own rate and decay."""
 
   def init(params):
     del params

@@ -40,12 +40,8 @@ class TrainState:
 
 def create(config: Config) -> TrainState:
   """A fresh state; pure, to be traced under jit or eval_shape."""
-  params = SYSTEMS[config.system].init(
-    config, stream_key(config, "params")
-  )
-  transform = optimizer.make_optimizer(
-    config.optimizer, config.train.num_steps
-  )
+  params = SYSTEMS[config.system].init(config, stream_key(config, "params"))
+  transform = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,

@@ -46,13 +46,9 @@ def train_step(
 
   grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
   grad_norm = optax.tree.norm(grads)
-  transform = optimizer.make_optimizer(
-    config.optimizer, config.train.num_steps
-  )
+  transform = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
   updates, opt_state = transform.update(grads, state.opt_state, state.params)
-  params = clamp_temperature(
-    optax.apply_updates(state.params, updates), config
-  )
+  params = clamp_temperature(optax.apply_updates(state.params, updates), config)
   finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
   def keep_if_finite(new, old):
