@@ -109,15 +109,19 @@ def losses(config, params) -> dict[str, np.ndarray]:
 
 
 def test_unshared_texts_and_whole_last_layers_give_the_same_losses():
-  config = make_config()
+  # Without MLM and ITM: fewer passes to compile, every kind of row is read.
+  config = make_config(mlm=0.0, itm=0.0)
   wasteful = make_config(
-    fusion={"restrict_last_layer": False}, share_text_dropout=False
+    fusion={"restrict_last_layer": False},
+    share_text_dropout=False,
+    mlm=0.0,
+    itm=0.0,
   )
   shared, apart = (glscl.make_plan(c.objectives) for c in (config, wasteful))
-  assert len(apart.text_versions) == len(shared.text_versions) + 3
+  assert len(apart.text_versions) == len(shared.text_versions) + 2
   params = init(config)
   usual, found = losses(config, params), losses(wasteful, params)
-  assert set(found) == set(usual) and len(found) > 7
+  assert set(found) == set(usual) and len(found) > 5
   for name, value in usual.items():
     np.testing.assert_allclose(found[name], value, rtol=2e-5, err_msg=name)
 
@@ -152,8 +156,11 @@ def loss_and_grads(config, params):
 
 
 @pytest.fixture(scope="module")
-def scanned(few):
-  return loss_and_grads(make_config(**FEW), few)
+def scanned():
+  """Parameters, loss and gradients of MLM alone: it reads every stack."""
+  config = make_config(mgsc_image=0.0, **FEW)
+  params = init(config)
+  return params, *loss_and_grads(config, params)
 
 
 @pytest.mark.parametrize(
@@ -161,18 +168,21 @@ def scanned(few):
   [
     {"model": {"remat": "full"}},
     {"model": {"remat": "dots"}},
-    {"model": {"scan": False}, "fusion": {"restrict_last_layer": False}},
+    {"model": {"scan": False}},
   ],
-  ids=["remat full", "remat dots", "unrolled and unrestricted"],
+  ids=["remat full", "remat dots", "unrolled"],
 )
 def test_loss_and_gradients_do_not_depend_on_how_they_are_computed(
-  few, scanned, changes
+  scanned, changes
 ):
-  loss, grads = loss_and_grads(make_config(**changes, **FEW), few)
-  np.testing.assert_allclose(loss, scanned[0], rtol=1e-5)
+  params, usual_loss, usual_grads = scanned
+  loss, grads = loss_and_grads(
+    make_config(**changes, mgsc_image=0.0, **FEW), params
+  )
+  np.testing.assert_allclose(loss, usual_loss, rtol=1e-5)
   largest = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads))
   assert largest > 0
   for found, wanted in zip(
-    jax.tree.leaves(grads), jax.tree.leaves(scanned[1]), strict=True
+    jax.tree.leaves(grads), jax.tree.leaves(usual_grads), strict=True
   ):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * largest)
