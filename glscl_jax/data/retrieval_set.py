@@ -40,10 +40,12 @@ class RetrievalSet:
 
   @property
   def num_images(self) -> int:
+    """U."""
     return len(self.image_names)
 
   @property
   def num_captions(self) -> int:
+    """Z."""
     return len(self.captions)
 
 
