@@ -385,3 +385,25 @@ def test_the_same_generator_gives_the_same_view():
   views = [augment(image, config=config, seed=s) for s in (1, 1, 2)]
   assert np.array_equal(views[0], views[1])
   assert not np.array_equal(views[0], views[2])
+
+
+def test_a_subset_holds_some_of_the_phrases_of_a_caption_once_each():
+  phrases = ["grinning face", "smile", "happy", "joy"]
+  caption = "grinning face: smile, happy, joy"
+  seen = set()
+  for seed in range(200):
+    drawn = transforms.phrase_subset(np.random.default_rng(seed), caption)
+    parts = drawn.split(", ")
+    assert len(parts) == len(set(parts))
+    assert set(parts) <= set(phrases)
+    seen.add(tuple(parts))
+  assert {len(parts) for parts in seen} == {1, 2, 3, 4}
+  assert {parts for parts in seen if len(parts) == 1} == {
+    (phrase,) for phrase in phrases
+  }
+
+
+@pytest.mark.parametrize("caption", ["grinning face", "", " : ", "red:"])
+def test_a_caption_of_one_phrase_stays_as_it_is(caption):
+  rng = np.random.default_rng(0)
+  assert transforms.phrase_subset(rng, caption) == caption
