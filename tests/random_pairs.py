@@ -31,17 +31,19 @@ def config(
   width: int = 64,
   dropout: float = 0.0,
   batch_size: int = 8,
+  image_size: int = 32,
   vocab_size: int = 64,
   max_length: int = 10,
   objectives: dict | None = None,
   optimizer: dict | None = None,
+  num_steps: int = 10,
   **model,
 ) -> config_lib.Config:
   """By default 16 patches of 8 x 8 pixels, 10 tokens, 64 words, width 64."""
   return config_lib.Config(
     model=config_lib.ModelConfig(
       vision=config_lib.VisionConfig(
-        image_size=32, patch_size=8, width=width, depth=depth
+        image_size=image_size, patch_size=8, width=width, depth=depth
       ),
       text=config_lib.TextConfig(
         vocab_size=vocab_size,
@@ -67,7 +69,7 @@ def config(
     objectives=config_lib.ObjectiveConfig(**(objectives or {})),
     optimizer=config_lib.OptimizerConfig(**(optimizer or {})),
     data=config_lib.DataConfig(dir="unused", batch_size=batch_size),
-    train=config_lib.TrainConfig(num_steps=10),
+    train=config_lib.TrainConfig(num_steps=num_steps),
   )
 
 
