@@ -1,4 +1,4 @@
-"""Trains: the same command again continues.
+r"""Trains: the same command again continues.
 
   python launch/train.py --config=configs/quickstart.py --workdir=DIR
   python launch/train.py --config=configs/X.py:arg --workdir=DIR \
@@ -146,5 +146,23 @@ def _keys(cls: type, path: str) -> Iterator[str]:
       yield from _keys(hints[item.name], name)
 
 
+def use_huge_pages() -> None:
+  """Starts this process again with huge pages, where that makes it faster.
+
+  XLA maps its temporary buffers anew in each step, and a fifth of a step on
+  CPU goes into page faults, which huge pages spare (measured 2026-11). glibc
+  reads its tunables only when a process starts.
+  """
+  accelerators = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+  if (
+    sys.platform == "linux"
+    and "GLIBC_TUNABLES" not in os.environ
+    and not any(map(os.path.exists, accelerators))
+  ):
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, sys.orig_argv)
+
+
 if __name__ == "__main__":
+  use_huge_pages()
   sys.exit(main(sys.argv))

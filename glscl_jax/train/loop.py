@@ -345,8 +345,13 @@ def _run_steps(run: _Run, *, evaluate: Evaluate | None, stop: Stop) -> Summary:
   saved, scores = run.start_step, {}
   with _Profile(run) as profile:
     while step < num_steps and not stop.asked(step):
-      with clock("data"):
-        batch = pipeline.global_batch(next(iterator), mesh)
+      try:
+        with clock("data"):
+          batch = pipeline.global_batch(next(iterator), mesh)
+      except Exception:
+        if stop.number is None:
+          raise
+        break  # Ctrl-C reached the worker processes as well
       if compiled is None:
         with clock("compile"):
           compiled = train_step.lower(state, batch).compile()

@@ -191,3 +191,14 @@ def test_the_script_itself_runs_and_reports_mistakes_without_a_trace(
   assert done.stderr.strip() == (
     "error: config.train.sead: unknown key; did you mean config.train.seed?"
   )
+
+
+def test_a_value_that_is_none_by_default_can_be_set_by_a_flag(
+  project, tmp_path
+):
+  flags = ("--config.optimizer.clip_norm=1.5", "--config.data.mean=(0,0.5,1)")
+  parsed = launcher.parse(project.command(tmp_path, *flags))
+  config = config_lib.from_config_dict(parsed.config)
+  assert config.optimizer.clip_norm == 1.5
+  assert config.data.mean == (0.0, 0.5, 1.0)
+  assert config.objectives.text_mgsc_group is None

@@ -7,6 +7,8 @@ import io
 import json
 import math
 import struct
+import sys
+import types
 
 import pytest
 from tensorboardX.proto import event_pb2
@@ -95,6 +97,38 @@ def test_asking_for_wandb_without_the_package_says_how_to_go_on(monkeypatch):
   )
   with pytest.raises(config_lib.ConfigError, match="pip install wandb"):
     metrics.check_wandb(config)
+
+
+def test_wandb_gets_the_same_values_and_continues_the_same_run(
+  tmp_path, monkeypatch
+):
+  started, logged = [], []
+
+  def init(**options):
+    started.append(options)
+    return types.SimpleNamespace(
+      log=lambda values, step: logged.append((step, values)),
+      finish=lambda: logged.append("finished"),
+    )
+
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+  monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+  config = dataclasses.replace(
+    CONFIG, train=dataclasses.replace(CONFIG.train, wandb=True)
+  )
+  for step in (1, 2):
+    writer = metrics.MetricWriter(tmp_path, config=config, start_step=step - 1)
+    writer.write(step, {"loss": 1.0 / step})
+    writer.close()
+  assert logged == [
+    (1, {"loss": 1.0}),
+    "finished",
+    (2, {"loss": 0.5}),
+    "finished",
+  ]
+  first, second = started
+  assert first["id"] == second["id"] and second["resume"] == "allow"
+  assert first["config"]["train"]["wandb"] is True
 
 
 def test_the_progress_line_is_dense():
