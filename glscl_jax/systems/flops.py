@@ -1,7 +1,8 @@
 """FLOPs of a training step for one sample, from the configuration alone.
 
 A step counts as three forward passes: the backward pass computes a product
-for the gradient of each operand. Recomputation (remat) is not work of the
+for the gradient of each operand. The last fusion layer of a stream that only
+targets read (stop-gradient) counts once. Recomputation (remat) is not work of the
 model and does not count, and neither do the similarities of the contrastive
 losses, which are below 0.1 % at paper size.
 """
@@ -10,10 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from glscl_jax.config import Config
+from glscl_jax.config import Config, ObjectiveConfig
 from glscl_jax.data import masking
 from glscl_jax.models import flops
-from glscl_jax.systems import glscl
+from glscl_jax.systems import glscl, views
 
 BACKWARD = 2  # products of the backward pass for one of the forward pass
 
@@ -26,6 +27,7 @@ class Forward:
   text: float
   fusion: float
   heads: float
+  targets: float = 0.0  # part of fusion that only targets read: no backward
 
   @property
   def total(self) -> float:
@@ -114,36 +116,59 @@ def forward(config: Config) -> Forward:
     image += false_share * (
       embedding(config) + image_encoding(config, sizes.image["itm"])
     )
-  fusion = 0.0
+  fusion = targets = 0.0
+  trained = trained_streams(objectives)
   for fused in plan.passes:
     image_length = sizes.image[fused.image]
     fusion += (model.fusion.depth - 1) * flops.co_attention(
       sizes.text, image_length, model.fusion.width
     )
-    fusion += last_layer(
+    streams = last_layer(
       config,
       image_length,
       text_rows=sum(sizes.text_rows[name] for name in plan.text_rows[fused]),
       image_rows=sum(sizes.image_rows[name] for name in plan.image_rows[fused]),
+    )
+    fusion += sum(streams.values())
+    targets += sum(
+      count
+      for stream, count in streams.items()
+      if (fused, stream) not in trained
     )
   return Forward(
     image=image,
     text=float(len(plan.text_versions) * text_encoding(config)),
     fusion=fusion,
     heads=heads(config, mlm_rows=sizes.text_rows["mlm"]),
+    targets=targets,
+  )
+
+
+def trained_streams(
+  objectives: ObjectiveConfig,
+) -> frozenset[tuple[views.Pass, str]]:
+  """Streams of passes that some active objective reads with a gradient."""
+  reads = glscl.objective_reads(objectives)
+  return frozenset(
+    (read.fused, stream)
+    for name in glscl.active_objectives(objectives)
+    for read in reads[name]
+    for stream, rows in (("text", read.text_rows), ("image", read.image_rows))
+    if rows and not read.target
   )
 
 
 def last_layer(
   config: Config, image_length: int, *, text_rows: int, image_rows: int
-) -> int:
-  """The last fusion layer of one pass, for the rows that losses read."""
+) -> dict[str, int]:
+  """The last fusion layer of one pass by stream, for the rows it computes."""
   text_length, width = config.model.text.max_length, config.model.fusion.width
   if not config.model.fusion.restrict_last_layer:
-    return flops.co_attention(text_length, image_length, width)
-  return flops.cross_block(
-    text_rows, text_length, image_length, width
-  ) + flops.cross_block(image_rows, image_length, text_length, width)
+    text_rows, image_rows = text_length, image_length
+  return {
+    "text": flops.cross_block(text_rows, text_length, image_length, width),
+    "image": flops.cross_block(image_rows, image_length, text_length, width),
+  }
 
 
 def heads(config: Config, *, mlm_rows: int) -> float:
@@ -201,7 +226,8 @@ def published_forward(config: Config) -> Forward:
 
 def flops_per_sample(config: Config) -> float:
   """Model FLOPs of one sample of a step, forward and backward."""
-  return (1 + BACKWARD) * forward(config).total
+  once = forward(config)
+  return (1 + BACKWARD) * once.total - BACKWARD * once.targets
 
 
 def published_flops_per_sample(config: Config) -> float:

@@ -46,11 +46,11 @@ def objective_reads(config: ObjectiveConfig) -> dict[str, list[Reads]]:
   complete_image = masked_text if partner else clean
   complete_text = dropped if partner else clean
 
-  def image(fused: Pass, rows: str) -> Reads:
-    return Reads(fused=fused, image_rows=(rows,))
+  def image(fused: Pass, rows: str, *, target: bool = False) -> Reads:
+    return Reads(fused=fused, image_rows=(rows,), target=target)
 
-  def text(fused: Pass, rows: str) -> Reads:
-    return Reads(fused=fused, text_rows=(rows,))
+  def text(fused: Pass, rows: str, *, target: bool = False) -> Reads:
+    return Reads(fused=fused, text_rows=(rows,), target=target)
 
   return {
     "itm": [
@@ -62,10 +62,22 @@ def objective_reads(config: ObjectiveConfig) -> dict[str, list[Reads]]:
     ],
     "mlm": [text(Pass("full", "mlm"), "mlm")],
     "itc": [],
-    "mgsc_image": [image(dropped, "class"), image(complete_image, "class")],
-    "mgsc_text": [text(masked_text, "class"), text(complete_text, "class")],
-    "mltc_image": [image(token, "token"), image(complete_image, "token")],
-    "mltc_text": [text(masked_text, "scl"), text(complete_text, "scl")],
+    "mgsc_image": [
+      image(dropped, "class"),
+      image(complete_image, "class", target=True),
+    ],
+    "mgsc_text": [
+      text(masked_text, "class"),
+      text(complete_text, "class", target=True),
+    ],
+    "mltc_image": [
+      image(token, "token"),
+      image(complete_image, "token", target=True),
+    ],
+    "mltc_text": [
+      text(masked_text, "scl"),
+      text(complete_text, "scl", target=True),
+    ],
   }
 
 

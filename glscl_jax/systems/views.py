@@ -31,6 +31,7 @@ class Reads:
   fused: Pass
   text_rows: tuple[str, ...] = ()
   image_rows: tuple[str, ...] = ()
+  target: bool = False  # read under stop-gradient: no backward pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

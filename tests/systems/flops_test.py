@@ -144,5 +144,21 @@ def test_without_local_completion_the_token_pass_is_gone():
   assert published.text == 5 * flops.text_encoding(BASE)
 
 
-def test_a_step_is_three_forward_passes():
-  assert flops.flops_per_sample(BASE) == 3 * flops.forward(BASE).total
+def test_a_step_is_three_forward_passes_but_for_what_only_targets_read():
+  once = flops.forward(BASE)
+  assert 0 < once.targets < once.fusion
+  step = flops.flops_per_sample(BASE)
+  assert step == 3 * once.total - 2 * once.targets
+  # The image stream of the text pass and the text stream of the drop pass.
+  streams = {("image", "full", "scl"), ("text", "drop", "full")}
+  trained = flops.trained_streams(BASE.objectives)
+  plan = glscl.make_plan(BASE.objectives)
+  assert streams == {
+    (stream, fused.image, fused.text)
+    for fused in plan.passes
+    for stream, rows in (
+      ("text", plan.text_rows[fused]),
+      ("image", plan.image_rows[fused]),
+    )
+    if rows and (fused, stream) not in trained
+  }
