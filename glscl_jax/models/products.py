@@ -1,9 +1,10 @@
 """The two matrix products every layer is made of, with their precision.
 
 Operands are rounded to `dtype` and sums are kept in float32, in `dot` forward
-and backward; the backward products of `batched_dot` are float32. Results come back in `activation_dtype(dtype)`: on CPU XLA has fast
-bfloat16 products only with float32 results, and its bfloat16 element-wise code
-is slow, so there float32 travels between the products.
+and backward; the backward products of `batched_dot` are float32. Results come
+back in `activation_dtype(dtype)`: on CPU XLA has fast bfloat16 products only
+with float32 results, and its bfloat16 element-wise code is slow, so there
+float32 travels between the products.
 """
 
 from __future__ import annotations
