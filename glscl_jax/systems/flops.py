@@ -2,9 +2,9 @@
 
 A step counts as three forward passes: the backward pass computes a product
 for the gradient of each operand. The last fusion layer of a stream that only
-targets read (stop-gradient) counts once. Recomputation (remat) is not work of the
-model and does not count, and neither do the similarities of the contrastive
-losses, which are below 0.1 % at paper size.
+targets read (stop-gradient) counts once. Recomputation (remat) is not work of
+the model and does not count, and neither do the similarities of the
+contrastive losses, which are below 0.1 % at paper size.
 """
 
 from __future__ import annotations
