@@ -1,4 +1,4 @@
-"""Pre-training heads (section 1.8)."""
+"""Pre-training heads (section 1.8); their results are float32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class JointProjection(nn.Module):
     uniform = layers.uniform_fan_in
     width = x_BD.shape[-1]
 
-    def dense(features: int, name: str) -> layers.Dense:
+    def dense(features: int, name: str, **options) -> layers.Dense:
       # Framework default: bias from the same interval as the kernel.
       bias_init = lambda key, shape: jax.random.uniform(  # noqa: E731
         key, shape, jnp.float32, -(width**-0.5), width**-0.5
@@ -31,15 +31,16 @@ class JointProjection(nn.Module):
         kernel_init=uniform,
         bias_init=bias_init,
         name=name,
+        **options,
       )
 
     h_BD = dense(width, "fc1")(x_BD)
     h_BD = layers.gelu(layers.LayerNorm(1e-5, name="norm")(h_BD))
-    return dense(self.joint_width, "fc2")(h_BD)
+    return dense(self.joint_width, "fc2", out_dtype="float32")(h_BD)
 
 
 class VocabularyHead(nn.Module):
-  """Linear, GELU, LN, Linear to the vocabulary; untied. Logits in float32."""
+  """Linear, GELU, LN, Linear to the vocabulary; untied."""
 
   vocab_size: int
   dtype: str
@@ -52,14 +53,17 @@ class VocabularyHead(nn.Module):
       x_BJD.shape[-1], self.dtype, kernel_init=normal, name="fc1"
     )(x_BJD)
     h_BJD = layers.LayerNorm(1e-12, name="norm")(layers.gelu(h_BJD))
-    logits_BJV = layers.Dense(
-      self.vocab_size, self.dtype, kernel_init=normal, name="fc2"
+    return layers.Dense(
+      self.vocab_size,
+      self.dtype,
+      kernel_init=normal,
+      out_dtype="float32",
+      name="fc2",
     )(h_BJD)
-    return logits_BJV.astype(jnp.float32)
 
 
 class MatchHead(nn.Module):
-  """ITM: Linear(2D, 2) on cls_feats; class 1 is a match. Logits in float32."""
+  """ITM: Linear(2D, 2) on cls_feats; class 1 is a match."""
 
   dtype: str
   init_std: float
@@ -70,6 +74,7 @@ class MatchHead(nn.Module):
       2,
       self.dtype,
       kernel_init=nn.initializers.normal(self.init_std),
+      out_dtype="float32",
       name="fc",
     )
-    return dense(features_BD).astype(jnp.float32)
+    return dense(features_BD)

@@ -45,12 +45,16 @@ class Dense(nn.Module):
   use_bias: bool = True
   kernel_init: Initializer = nn.initializers.normal(0.02)
   bias_init: Initializer = nn.initializers.zeros
+  out_dtype: str | None = None  # None: the type that travels between products
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (x.shape[-1], self.features)
     y = products.dot(
-      x, self.param("kernel", self.kernel_init, shape), dtype=self.dtype
+      x,
+      self.param("kernel", self.kernel_init, shape),
+      dtype=self.dtype,
+      out_dtype=self.out_dtype,
     )
     if not self.use_bias:
       return y

@@ -1,15 +1,17 @@
 """The two matrix products every layer is made of, with their precision.
 
-Operands are rounded to `dtype` and sums are kept in float32, in `dot` forward
-and backward; the backward products of `batched_dot` are float32. Results come
-back in `activation_dtype(dtype)`: on CPU XLA has fast bfloat16 products only
-with float32 results, and its bfloat16 element-wise code is slow, so there
-float32 travels between the products.
+Operands are rounded to `dtype` and sums are kept in float32, forward and
+backward: without rules of its own JAX multiplies a float32 cotangent with
+bfloat16 operands, which XLA runs as float32. `dot` gives its result in
+`activation_dtype(dtype)` unless another type is asked for: on CPU XLA has fast
+bfloat16 products only with float32 results, and its bfloat16 element-wise code
+is slow, so there float32 travels between the products.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +38,6 @@ def _dot_forward(x_AD, kernel_DF, dtype):
 
 
 def _dot_backward(dtype, saved, grad_AF):
-  # Without this rule JAX multiplies a float32 cotangent with bfloat16
-  # operands, which XLA runs as float32.
   x_AD, kernel_DF = saved
   grad_x_AD = _dot(grad_AF, _transpose(kernel_DF.astype(dtype)), dtype)
   grad_kernel_DF = _dot(_transpose(x_AD.astype(dtype)), grad_AF, dtype)
@@ -62,18 +62,56 @@ def _transpose(x_AD: jax.Array) -> jax.Array:
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
-def dot(x: jax.Array, kernel_DF: jax.Array, *, dtype: str) -> jax.Array:
-  """`x @ kernel` over the last axis of `x`, (..., D) to (..., F)."""
+def dot(
+  x: jax.Array,
+  kernel_DF: jax.Array,
+  *,
+  dtype: str,
+  out_dtype: str | None = None,
+) -> jax.Array:
+  """`x @ kernel` over the last axis of `x`, (..., D) to (..., F).
+
+  `out_dtype` is the type of the result; None: `activation_dtype(dtype)`.
+  """
   width, features = kernel_DF.shape
   x_AD = x.reshape(-1, width)
   y_AF = _dot(x_AD, kernel_DF, dtype)
-  return y_AF.reshape(*x.shape[:-1], features).astype(activation_dtype(dtype))
+  return y_AF.reshape(*x.shape[:-1], features).astype(
+    out_dtype or activation_dtype(dtype)
+  )
 
 
-def batched_dot(equation: str, *operands: jax.Array, dtype: str) -> jax.Array:
-  """An einsum of two operands in `dtype`, float32 result."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _einsum(equation: str, x: jax.Array, y: jax.Array, dtype: str) -> jax.Array:
   return jnp.einsum(
     equation,
-    *(operand.astype(dtype) for operand in operands),
+    x.astype(dtype),
+    y.astype(dtype),
     preferred_element_type=jnp.float32,
   )
+
+
+def _einsum_forward(equation, x, y, dtype):
+  return _einsum(equation, x, y, dtype), (x, y)
+
+
+def _einsum_backward(equation, dtype, saved, grad):
+  x, y = saved
+  of_x, of_y, of_grad = re.split(",|->", equation)
+  grad_x = _einsum(f"{of_grad},{of_y}->{of_x}", grad, y, dtype)
+  grad_y = _einsum(f"{of_grad},{of_x}->{of_y}", grad, x, dtype)
+  return grad_x.astype(x.dtype), grad_y.astype(y.dtype)
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+def batched_dot(
+  equation: str, x: jax.Array, y: jax.Array, *, dtype: str
+) -> jax.Array:
+  """An einsum of two operands, float32 result.
+
+  Every letter of `equation` stands in two of its three terms or in all, so
+  that swapping terms gives the gradients.
+  """
+  return _einsum(equation, x, y, dtype)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from glscl_jax.config import ModelConfig
 from glscl_jax.models import fusion, heads, layers, text, vision
@@ -38,11 +37,8 @@ class Towers(nn.Module):
   def project(
     self, text_BD: jax.Array, image_BD: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """ITC vectors of transformed class tokens, not yet normalised."""
-    return (
-      self.text_projection(text_BD).astype(jnp.float32),
-      self.image_projection(image_BD).astype(jnp.float32),
-    )
+    """float32 ITC vectors of transformed class tokens, not yet normalised."""
+    return self.text_projection(text_BD), self.image_projection(image_BD)
 
   def match_logits(self, text_BD: jax.Array, image_BD: jax.Array) -> jax.Array:
     """(B, 2) float32; class 1 = the pair belongs together."""

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glscl_jax.models import heads
+from glscl_jax.models import heads, products
 from tests import random_pairs
 
 
@@ -35,19 +35,24 @@ def test_projection_is_linear_norm_gelu_linear():
 
 
 @pytest.mark.parametrize(
-  ("module", "shape", "classes"),
+  ("module", "shape", "out_shape"),
   [
     (heads.VocabularyHead(100, "bfloat16", 0.02), (2, 5, 64), (2, 5, 100)),
     (heads.MatchHead("bfloat16", 0.02), (2, 128), (2, 2)),
+    (heads.JointProjection(32, "bfloat16"), (2, 64), (2, 32)),
   ],
-  ids=["vocabulary", "match"],
+  ids=["vocabulary", "match", "projection"],
 )
-def test_logits_are_float32_even_when_products_are_not(module, shape, classes):
-  logits, _ = jax.eval_shape(
-    module.init_with_output, jax.random.key(0), jnp.zeros(shape)
-  )
-  assert logits.shape == classes
-  assert logits.dtype == jnp.float32
+def test_results_are_never_rounded_to_the_type_of_products(
+  module, shape, out_shape, monkeypatch
+):
+  # As on an accelerator, where activations have the type of products.
+  monkeypatch.setattr(products, "activation_dtype", jnp.dtype)
+  x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  result, _ = module.init_with_output(jax.random.key(0), x)
+  assert (result.shape, result.dtype) == (out_shape, jnp.float32)
+  short = result.astype(jnp.bfloat16).astype(jnp.float32)
+  assert not np.array_equal(result, short)
 
 
 def test_the_vocabulary_head_has_its_own_table():

@@ -1,0 +1,88 @@
+"""Where products round, forward and backward."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glscl_jax.models import products
+
+ATTENTION = (
+  ("BHLK,BHMK->BHLM", (2, 2, 3, 8), (2, 2, 5, 8)),
+  ("BHLM,BHMK->BHLK", (2, 2, 3, 5), (2, 2, 5, 8)),
+)
+
+
+def draw(seed, *shape):
+  values = np.random.default_rng(seed).standard_normal(shape)
+  return jnp.asarray(values, jnp.float32)
+
+
+def rounded(x):
+  return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+@pytest.fixture
+def travels_in_bfloat16(monkeypatch):
+  """Activations as on an accelerator, where they are `dtype` itself."""
+  monkeypatch.setattr(products, "activation_dtype", jnp.dtype)
+
+
+def test_a_sum_is_rounded_only_where_no_other_type_is_asked_for(
+  travels_in_bfloat16,
+):
+  x, kernel = draw(0, 3, 64), draw(1, 64, 5)
+  short = products.dot(x, kernel, dtype="bfloat16")
+  wide = products.dot(x, kernel, dtype="bfloat16", out_dtype="float32")
+  assert (short.dtype, wide.dtype) == (jnp.bfloat16, jnp.float32)
+  np.testing.assert_array_equal(wide.astype(jnp.bfloat16), short)
+  np.testing.assert_allclose(wide, rounded(x) @ rounded(kernel), rtol=1e-5)
+  assert not np.array_equal(wide, rounded(wide))
+
+
+def gradients(product, dtype, x, y, weight):
+  return jax.grad(
+    lambda x, y: jnp.sum(product(x, y, dtype) * weight), argnums=(0, 1)
+  )(x, y)
+
+
+@pytest.mark.parametrize(("equation", "left", "right"), ATTENTION)
+def test_float32_gradients_of_attention_products_are_those_of_einsum(
+  equation, left, right
+):
+  x, y = draw(0, *left), draw(1, *right)
+  weight = draw(2, *jnp.einsum(equation, x, y).shape)
+
+  def own(x, y, dtype):
+    return products.batched_dot(equation, x, y, dtype=dtype)
+
+  found = gradients(own, "float32", x, y, weight)
+  expected = gradients(
+    lambda x, y, _: jnp.einsum(equation, x, y), "float32", x, y, weight
+  )
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize(("equation", "left", "right"), ATTENTION)
+def test_gradients_of_attention_products_multiply_rounded_operands(
+  equation, left, right
+):
+  x, y = draw(0, *left), draw(1, *right)
+  weight = draw(2, *jnp.einsum(equation, x, y).shape)
+
+  def own(x, y, dtype):
+    return products.batched_dot(equation, x, y, dtype=dtype)
+
+  found = gradients(own, "bfloat16", x, y, weight)
+  expected = gradients(
+    lambda x, y, _: jnp.einsum(equation, x, y),
+    "float32",
+    rounded(x),
+    rounded(y),
+    rounded(weight),
+  )
+  for a, b in zip(found, expected, strict=True):
+    assert a.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
