@@ -122,11 +122,11 @@ def _cross_entropy(logits_AA, positive_AA, allowed_AA, valid_A) -> jax.Array:
   # An invalid row keeps finite logits, so that its gradient is 0 and not NaN.
   logits_AA = jnp.where(allowed_AA, logits_AA, _NEVER)
   log_p_AA = jax.nn.log_softmax(logits_AA, axis=-1)
-  weight_AA = positive_AA / jnp.maximum(
-    jnp.sum(positive_AA, axis=-1, keepdims=True), 1
-  )
-  losses_A = -jnp.sum(jnp.where(positive_AA, weight_AA * log_p_AA, 0.0), -1)
-  return jnp.sum(losses_A * valid_A) / jnp.maximum(jnp.sum(valid_A), 1)
+  share_AA = positive_AA.astype(jnp.float32)
+  share_AA /= jnp.maximum(jnp.sum(share_AA, axis=-1, keepdims=True), 1.0)
+  losses_A = -jnp.sum(jnp.where(positive_AA, share_AA * log_p_AA, 0.0), -1)
+  count_A = valid_A.astype(jnp.float32)
+  return jnp.sum(losses_A * count_A) / jnp.maximum(jnp.sum(count_A), 1.0)
 
 
 def image_text_contrast(

@@ -15,7 +15,7 @@ def masked_cross_entropy(
     :, :, 0
   ]
   total = jnp.sum(jnp.where(ok_BJ, losses_BJ, 0.0))
-  return total / jnp.maximum(jnp.sum(ok_BJ), 1)
+  return total / _count(ok_BJ)
 
 
 def accuracy(
@@ -23,4 +23,8 @@ def accuracy(
 ) -> jax.Array:
   """Share of masked positions whose token is the most likely one."""
   hits_BJ = (jnp.argmax(logits_BJV, axis=-1) == labels_BJ) & ok_BJ
-  return jnp.sum(hits_BJ) / jnp.maximum(jnp.sum(ok_BJ), 1)
+  return jnp.sum(hits_BJ, dtype=jnp.float32) / _count(ok_BJ)
+
+
+def _count(ok_BJ: jax.Array) -> jax.Array:
+  return jnp.maximum(jnp.sum(ok_BJ, dtype=jnp.float32), 1.0)
