@@ -10,6 +10,7 @@ read parameters through `restore_params`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -155,31 +156,8 @@ class Checkpointer:
     )
 
   def restore(self, abstract_state: Any) -> Restored | None:
-    """Reads the latest checkpoint, or None where there is none.
-
-    Args:
-      abstract_state: ShapeDtypeStructs with the shardings wanted; they may be
-        those of another mesh than the one that saved.
-
-    Raises:
-      CheckpointError: the stored tree has other names or shapes.
-    """
-    step = self._manager.latest_step()
-    if step is None:
-      return None
-    _check_tree(
-      _stored_tree(self._directory / str(step)),
-      abstract_state,
-      what=f"checkpoint {step} of {self._workdir}",
-    )
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract_state),
-        data=ocp.args.JsonRestore(),
-      ),
-    )
-    return Restored(restored.state, restored.data, step)
+    """What `restore` gives for this work dir."""
+    return restore(self._workdir, abstract_state)
 
   def wait(self) -> None:
     """Returns when the checkpoint being written is whole."""
@@ -229,14 +207,14 @@ def check_same_run(
 
   Raises:
     CheckpointError: another configuration (listing the keys), another
-      tokenizer, or other training data.
+      tokenizer, other training data, or a checkpoint that cannot be read.
   """
   steps = list_steps(workdir)
   if not steps:
     return
-  place = pathlib.Path(workdir).absolute()
-  stored = _read_json(place / "checkpoints" / str(steps[-1]) / "meta")
-  here = f"work dir {place} (step {steps[-1]})"
+  has_best(workdir)  # orbax will read all scores, and name no damaged one
+  stored = _read_json(_step_directory(workdir, steps[-1]) / "meta")
+  here = f"work dir {pathlib.Path(workdir).absolute()} (step {steps[-1]})"
   changed = [
     f"  {key}: {old} there, {new} now"
     for key, old, new in _differences(stored["config"], meta["config"])
@@ -267,6 +245,52 @@ def check_same_run(
         f"{here} was made with {what}: sha256 {old[:12]} there, {new[:12]} "
         f"now. Set {remedy}, or choose another --workdir."
       )
+
+
+def check_writable(workdir: str | os.PathLike[str]) -> None:
+  """Checks, touching no file, that a run could write into a work dir.
+
+  Raises:
+    CheckpointError: naming what stands in the way.
+  """
+  checkpoints = pathlib.Path(workdir).absolute() / "checkpoints"
+  for place in (checkpoints.parent, checkpoints):
+    there = next(p for p in (place, *place.parents) if os.path.lexists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+      raise CheckpointError(
+        f"--workdir={workdir}: {there} is not a folder that can be written"
+      )
+
+
+def restore(
+  workdir: str | os.PathLike[str], abstract_state: Any
+) -> Restored | None:
+  """Reads the latest checkpoint, or None where there is none.
+
+  Args:
+    workdir: of a training run; nothing in it is touched.
+    abstract_state: ShapeDtypeStructs with the shardings wanted; they may be
+      those of another mesh than the one that saved.
+
+  Raises:
+    CheckpointError: the stored tree has other names or shapes, or cannot be
+      read.
+  """
+  steps = list_steps(workdir)
+  if not steps:
+    return None
+  directory = _step_directory(workdir, steps[-1])
+  with _damage_named(directory):
+    _check_tree(
+      _stored_tree(directory),
+      abstract_state,
+      what=f"checkpoint {steps[-1]} of {workdir}",
+    )
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+      state = reader.restore(
+        directory / "state", args=ocp.args.StandardRestore(abstract_state)
+      )
+  return Restored(state, _read_json(directory / "data"), steps[-1])
 
 
 def list_steps(workdir: str | os.PathLike[str]) -> list[int]:
@@ -312,8 +336,7 @@ def has_best(workdir: str | os.PathLike[str]) -> bool:
 
 def read_lineage(workdir: str | os.PathLike[str]) -> dict[str, Any]:
   """The lineage stored with the latest checkpoint."""
-  step = find_step(workdir, "latest")
-  directory = pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
+  directory = _step_directory(workdir, find_step(workdir, "latest"))
   return _read_json(directory / "meta")["lineage"]
 
 
@@ -331,19 +354,14 @@ def restore_params(
     sharding: where every parameter goes; None: the first local device.
 
   Raises:
-    CheckpointError: no such checkpoint, or its parameters are not those its
-      own configuration asks for.
+    CheckpointError: no such checkpoint, one that cannot be read, or one whose
+      parameters are not those its own configuration asks for.
   """
   number = find_step(workdir, step)
-  directory = pathlib.Path(workdir).absolute() / "checkpoints" / str(number)
+  directory = _step_directory(workdir, number)
   meta = _read_json(directory / "meta")
   config = config_lib.from_config_dict(meta["config"])
   abstract = jax.eval_shape(lambda: state_lib.create(config).params)
-  _check_tree(
-    _stored_tree(directory)["params"],
-    abstract,
-    what=f"checkpoint {number} of {workdir}",
-  )
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   # Without a sharding orbax would return the stored shape in silence.
@@ -353,15 +371,21 @@ def restore_params(
       abstract,
     )
   }
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    state = reader.restore(
-      directory / "state",
-      args=ocp.args.PyTreeRestore(
-        target,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-        partial_restore=True,
-      ),
+  with _damage_named(directory):
+    _check_tree(
+      _stored_tree(directory)["params"],
+      abstract,
+      what=f"checkpoint {number} of {workdir}",
     )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      state = reader.restore(
+        directory / "state",
+        args=ocp.args.PyTreeRestore(
+          target,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+          partial_restore=True,
+        ),
+      )
   scored = directory / "metrics"
   return Snapshot(
     config=config,
@@ -417,12 +441,31 @@ def _list_scores(directory: pathlib.Path) -> dict[int, float]:
   return found
 
 
+def _step_directory(workdir: str | os.PathLike[str], step: int) -> pathlib.Path:
+  return pathlib.Path(workdir).absolute() / "checkpoints" / str(step)
+
+
+@contextlib.contextmanager
+def _damage_named(directory: pathlib.Path) -> Iterator[None]:
+  """Turns what reading a checkpoint raises into an error that names it."""
+  try:
+    yield
+  except CheckpointError:
+    raise
+  except Exception as error:  # orbax raises Exception itself, too
+    reason = (str(error).splitlines() or [repr(error)])[0]
+    raise CheckpointError(
+      f"{directory}: cannot be read ({reason:.200}). If its files are damaged, "
+      "move that folder away to go on from the checkpoint before, or choose "
+      "another --workdir."
+    ) from error
+
+
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Reads what JsonSave wrote for one item."""
-  (file,) = (
-    path / name for name in ("metadata", "metrics") if (path / name).is_file()
-  )
-  return json.loads(file.read_text(encoding="utf-8"))
+  """Reads what JsonSave wrote for one item of a step."""
+  name = "metrics" if path.name == "metrics" else "metadata"
+  with _damage_named(path.parent):
+    return json.loads((path / name).read_text(encoding="utf-8"))
 
 
 def _stored_tree(directory: pathlib.Path) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,11 +47,17 @@ def dry_run(
   say(config_lib.to_json(config))
   inputs = loop.open_inputs(config)
   try:
-    _check_workdir(config, pathlib.Path(workdir).absolute(), inputs)
-    local = next(inputs.iterator)
+    _check_workdir(config, workdir, inputs)
     abstract = state_lib.abstract_state(config, inputs.mesh)
     say(format_params(abstract.params))
-    _try_init_from(config, workdir, abstract, read_params, say)
+    restored = checkpoint.restore(workdir, abstract)
+    if restored is not None:
+      inputs.iterator.set_state(restored.data_state)
+      say(f"a start would continue after step {restored.step} of {workdir}")
+      del restored  # as large as the state of a run
+    elif config.train.init_from:
+      _try_init_from(config, abstract, read_params, say)
+    local = next(inputs.iterator)
     per_sample = flops.flops_per_sample(config)
     say(
       f"model FLOPs a sample, forward and backward: {per_sample / 1e9:.3f} G; "
@@ -168,8 +173,11 @@ def _format_compiled(compiled: jax.stages.Compiled) -> str:
 
 
 def _check_workdir(
-  config: config_lib.Config, workdir: pathlib.Path, inputs: loop.Inputs
+  config: config_lib.Config,
+  workdir: str | os.PathLike[str],
+  inputs: loop.Inputs,
 ) -> None:
+  checkpoint.check_writable(workdir)
   checkpoint.check_same_run(
     workdir,
     checkpoint.make_meta(
@@ -178,23 +186,16 @@ def _check_workdir(
       lineage=inputs.data_facts,
     ),
   )
-  existing = next(p for p in (workdir, *workdir.parents) if p.exists())
-  if not existing.is_dir() or not os.access(existing, os.W_OK):
-    raise checkpoint.CheckpointError(
-      f"--workdir={workdir}: {existing} is not a folder that can be written"
-    )
   metrics.check_wandb(config)
 
 
 def _try_init_from(
   config: config_lib.Config,
-  workdir: str | os.PathLike[str],
   abstract: state_lib.TrainState,
   read_params: loop.ReadParams,
   say: Callable[[str], None],
 ) -> None:
-  if config.train.init_from and not checkpoint.list_steps(workdir):
-    loaded, _ = read_params(config.train.init_from)
-    _, merge = loop.merge_params(abstract.params, loaded)
-    say(loop.format_merge(config.train.init_from, merge))
-    loop.check_merge(config.train.init_from, merge)
+  loaded, _ = read_params(config.train.init_from)
+  _, merge = loop.merge_params(abstract.params, loaded)
+  say(loop.format_merge(config.train.init_from, merge))
+  loop.check_merge(config.train.init_from, merge)

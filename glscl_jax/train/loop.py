@@ -229,6 +229,7 @@ def train(
     raise config_lib.ConfigError(
       "config.train.eval_every: this caller gave no evaluation"
     )
+  checkpoint.check_writable(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     log = metrics.RunLog(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -240,6 +241,20 @@ def test_arrays_of_another_shape_are_named(tmp_path, state, abstract):
     ):
       read()
   checkpointer.close()
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["meta/metadata", "data/metadata", "state/_METADATA", "state/manifest.ocdbt"],
+)
+def test_a_damaged_checkpoint_is_named(saved, tmp_path, abstract, name):
+  workdir = shutil.copytree(saved, tmp_path / "work")
+  (workdir / "checkpoints" / "5" / name).write_bytes(b"")
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"checkpoints/5: cannot be read"
+  ):
+    open_checkpointer(workdir).close()
+    checkpoint.restore(workdir, abstract)
 
 
 def test_what_a_kill_left_half_written_is_neither_seen_nor_kept(

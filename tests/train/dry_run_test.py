@@ -1,0 +1,102 @@
+"""A dry run succeeds where a start gets as far, and fails where it fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from glscl_jax import config as config_lib
+from glscl_jax.train import checkpoint, dry_run, loop
+from glscl_jax.train import state as state_lib
+from tests import random_pairs, tiny
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  data = tiny.write_names(tmp_path_factory.mktemp("data") / "names", "train")
+  return dataclasses.replace(
+    tiny.config(data),
+    objectives=config_lib.ObjectiveConfig(
+      **random_pairs.only("itc"),
+      neg_group=8,
+      mltc_image_group=8,
+      mltc_text_group=8,
+    ),
+  )
+
+
+@pytest.fixture(scope="module")
+def saved(config, tmp_path_factory):
+  """A work dir with step 3, of zeros."""
+  workdir = tmp_path_factory.mktemp("saved")
+  inputs = loop.open_inputs(config)
+  checkpointer = checkpoint.Checkpointer(
+    workdir,
+    config=config,
+    tokenizer_sha256=inputs.tokenizer.sha256,
+    lineage={**inputs.data_facts, "init_from": None},
+  )
+  state = jax.tree.map(
+    lambda x: np.zeros(x.shape, x.dtype),
+    state_lib.abstract_state(config, inputs.mesh),
+  )
+  checkpointer.save(3, state, data_state={"step": 3})
+  checkpointer.close()
+  return workdir
+
+
+def contents(folder):
+  return {
+    path: path.stat().st_mtime_ns
+    for path in folder.rglob("*")
+    if path.is_file()
+  }
+
+
+def reasons(config, workdir):
+  """Why a dry run and why a start fails."""
+  found = []
+  for run in (
+    lambda: dry_run.dry_run(config, workdir, say=lambda text: None),
+    lambda: loop.train(config, workdir, stream=io.StringIO()),
+  ):
+    with pytest.raises(checkpoint.CheckpointError) as error:
+      run()
+    found.append(str(error.value))
+  return found
+
+
+def test_a_dry_run_reads_the_checkpoint_and_touches_nothing(config, saved):
+  before, said = contents(saved), []
+  dry_run.dry_run(config, saved, say=said.append)
+  assert f"a start would continue after step 3 of {saved}" in said
+  assert contents(saved) == before
+
+
+@pytest.mark.parametrize(
+  "name", ["data/metadata", "metrics/metrics", "state/manifest.ocdbt"]
+)
+def test_a_damaged_checkpoint_fails_a_dry_run_as_it_fails_a_start(
+  config, saved, tmp_path, name
+):
+  workdir = shutil.copytree(saved, tmp_path / "work")
+  (workdir / "checkpoints" / "3" / name).write_bytes(b"")
+  dry, real = reasons(config, workdir)
+  assert dry == real
+  assert "checkpoints/3: cannot be read" in dry
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "work"])
+def test_a_work_dir_that_cannot_be_written_is_named(config, tmp_path, place):
+  (tmp_path / "file").touch()
+  (tmp_path / "work").mkdir()
+  (tmp_path / "work" / "checkpoints").touch()
+  dry, real = reasons(config, tmp_path / place)
+  assert dry == real
+  in_the_way = tmp_path / ("work/checkpoints" if place == "work" else "file")
+  assert f"{in_the_way} is not a folder that can be written" in dry
