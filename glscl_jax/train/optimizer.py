@@ -63,7 +63,7 @@ def decay_rate(name: str, config: OptimizerConfig) -> float:
 def make_schedule(
   config: OptimizerConfig, num_steps: int
 ) -> Callable[[jax.Array], jax.Array]:
-  """Learning rate of step t (0-based): linear from 0, then to 0.
+  """Learning rate after t updates: linear from 0, then to 0.
 
   base * t / w for t < w, then base * (s - t) / (s - w), or its cosine.
   """

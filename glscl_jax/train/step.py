@@ -33,8 +33,9 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """The next state and the scalars of this step.
 
-  A non-finite loss or gradient norm leaves parameters and optimizer as they
-  are and is counted; the loop decides when to give up.
+  A non-finite loss or gradient norm leaves parameters and optimizer, with its
+  place in the schedule, as they are and is counted; the loop decides when to
+  give up.
   """
   system = SYSTEMS[config.system]
 
@@ -65,7 +66,7 @@ def train_step(
     "grad_norm": grad_norm,
     "param_norm": optax.tree.norm(next_state.params),
     "update_norm": optax.tree.norm(updates),
-    "learning_rate": schedule(state.step),
+    "learning_rate": schedule(state.step - state.num_skipped),
     "num_skipped": next_state.num_skipped,
   }
 

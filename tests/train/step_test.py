@@ -133,6 +133,21 @@ def test_training_goes_on_after_a_skipped_step(train_step, state, batch):
   assert float(metrics["update_norm"]) > 0
 
 
+def test_the_rate_in_the_log_is_the_one_the_update_used(
+  train_step, state, batch
+):
+  state, _ = train_step(set_temperature(state, np.nan), batch)
+  state = set_temperature(state, 0.07)
+  before = host(state.params)
+  after, metrics = train_step(state, batch)
+  # No update came before this one, so it is the first of the schedule.
+  assert float(metrics["learning_rate"]) == pytest.approx(0.01)
+  # The first step of Adam is as long as the rate, decay aside.
+  bias = before["text"]["norm"]["bias"]
+  moved = np.abs(np.asarray(after.params["text"]["norm"]["bias"]) - bias)
+  assert np.max(moved) == pytest.approx(0.01, rel=1e-3)
+
+
 @pytest.mark.parametrize(("start", "end"), [(0.9, 0.5), (1e-5, 0.001)])
 def test_the_temperature_is_kept_in_its_range(
   start, end, train_step, state, batch
