@@ -154,7 +154,10 @@ def load_export(directory: str | os.PathLike[str]) -> Weights:
   manifest = _read_manifest(root)
   for name, entry in manifest["files"].items():
     _check_file(root / name, entry)
-  config = config_lib.from_json((root / CONFIG).read_text(encoding="utf-8"))
+  stored = json.loads((root / CONFIG).read_text(encoding="utf-8"))
+  config = config_lib.from_config_dict(
+    checkpoint.complete_config(stored, where=str(root / CONFIG))
+  )
   try:
     flat = safetensors.numpy.load_file(root / MODEL)
   except (OSError, safetensors.SafetensorError) as error:

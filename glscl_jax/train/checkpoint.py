@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import pathlib
@@ -27,11 +28,13 @@ from glscl_jax import config as config_lib
 from glscl_jax import sharding as sharding_lib
 from glscl_jax.train import state as state_lib
 
+_log = logging.getLogger(__name__)
+
 BEST_METRIC = "eval/mean_r1"  # larger is better
 
 # Changing these does not change what is learnt, so a run may resume with
 # others. Contents of data.dir and data.tokenizer are compared by their hashes:
-# the files may have moved.
+# the files may have moved. train.init_from is read by new runs only.
 FREE_KEYS = (
   "data.dir",
   "data.max_bad_share",
@@ -44,6 +47,7 @@ FREE_KEYS = (
   "mesh.tensor",
   "optimizer.max_skips",
   "train.eval_every",
+  "train.init_from",
   "train.keep_best",
   "train.keep_last",
   "train.log_every",
@@ -217,7 +221,9 @@ def check_same_run(
   here = f"work dir {pathlib.Path(workdir).absolute()} (step {steps[-1]})"
   changed = [
     f"  {key}: {old} there, {new} now"
-    for key, old, new in _differences(stored["config"], meta["config"])
+    for key, old, new in _differences(
+      complete_config(stored["config"], where=here), meta["config"]
+    )
     if key not in FREE_KEYS
   ]
   if changed:
@@ -245,6 +251,25 @@ def check_same_run(
         f"{here} was made with {what}: sha256 {old[:12]} there, {new[:12]} "
         f"now. Set {remedy}, or choose another --workdir."
       )
+
+
+def complete_config(stored: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+  """A stored configuration with the keys it lacks, warning of each.
+
+  Those are keys that came later; they get their defaults.
+  """
+  defaults = json.loads(config_lib.to_json(config_lib.Config()))
+  complete = _with_defaults(stored, defaults)
+  added = [
+    f"{key} = {value}" for key, _, value in _differences(stored, complete)
+  ]
+  if added:
+    _log.warning(
+      "%s: its configuration lacks keys, defaults are taken: %s",
+      where,
+      ", ".join(added),
+    )
+  return complete
 
 
 def check_writable(workdir: str | os.PathLike[str]) -> None:
@@ -360,7 +385,9 @@ def restore_params(
   number = find_step(workdir, step)
   directory = _step_directory(workdir, number)
   meta = _read_json(directory / "meta")
-  config = config_lib.from_config_dict(meta["config"])
+  config = config_lib.from_config_dict(
+    complete_config(meta["config"], where=str(directory))
+  )
   abstract = jax.eval_shape(lambda: state_lib.create(config).params)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -493,6 +520,16 @@ def _check_tree(stored: Any, wanted: Any, *, what: str) -> None:
     raise CheckpointError(
       f"{what} does not fit:\n" + "\n".join(lines[:20] + more)
     )
+
+
+def _with_defaults(
+  stored: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+  complete = {**defaults, **stored}
+  for key, default in defaults.items():
+    if isinstance(default, dict) and isinstance(complete[key], dict):
+      complete[key] = _with_defaults(complete[key], default)
+  return complete
 
 
 def _differences(

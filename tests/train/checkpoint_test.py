@@ -185,7 +185,13 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(saved):
 def test_keys_that_change_no_result_may_differ(saved):
   other = change(
     CONFIG,
-    train={"log_every": 3, "save_every": 9, "keep_last": 3, "eval_every": 5},
+    train={
+      "log_every": 3,
+      "save_every": 9,
+      "keep_last": 3,
+      "eval_every": 5,
+      "init_from": "moved",
+    },
     data={"num_workers": 1, "prefetch": 9, "dir": "elsewhere"},
     mesh={"fsdp": 2},
   )
@@ -198,6 +204,40 @@ def test_every_free_key_is_a_key():
   for key in checkpoint.FREE_KEYS:
     section, name = key.split(".")
     assert name in tree[section], key
+
+
+def forget(workdir, *keys):
+  """Takes keys out of the stored configuration, as an older version's."""
+  path = workdir / "checkpoints" / "5" / "meta" / "metadata"
+  meta = json.loads(path.read_text())
+  for key in keys:
+    section, _, name = key.rpartition(".")
+    del (meta["config"][section] if section else meta["config"])[name]
+  path.write_text(json.dumps(meta))
+
+
+def test_keys_that_a_stored_configuration_lacks_are_named(
+  saved, tmp_path, caplog
+):
+  workdir = shutil.copytree(saved, tmp_path / "work")
+  forget(workdir, "optimizer.muon_rms", "masking")
+  assert checkpoint.restore_params(workdir).config == CONFIG
+  (message,) = caplog.messages
+  assert "checkpoints/5: its configuration lacks keys" in message
+  assert "optimizer.muon_rms = 0.2" in message and "masking = {" in message
+  caplog.clear()
+  open_checkpointer(workdir).close()
+  assert "optimizer.muon_rms = 0.2" in caplog.messages[0]
+
+
+def test_a_key_that_is_not_stored_counts_as_its_default(saved, tmp_path):
+  workdir = shutil.copytree(saved, tmp_path / "work")
+  forget(workdir, "optimizer.muon_rms")
+  with pytest.raises(
+    checkpoint.CheckpointError,
+    match=r"optimizer.muon_rms: 0.2 there, 0.3 now",
+  ):
+    open_checkpointer(workdir, change(CONFIG, optimizer={"muon_rms": 0.3}))
 
 
 def test_another_tokenizer_is_refused(saved):
