@@ -105,16 +105,45 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def _axes(name: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+  """The mesh axis that the rules want for each dimension."""
+  spec = match_one(name, PARAM_RULES)
+  return (None,) * (len(shape) - len(spec)) + tuple(spec)
+
+
 def param_spec(name: str, shape: tuple[int, ...], mesh) -> P:
   """The rule's spec, padded for layer axes; sizes must divide to be split."""
-  spec = match_one(name, PARAM_RULES)
-  padded = (None,) * (len(shape) - len(spec)) + tuple(spec)
   return P(
     *(
       axis if axis is not None and size % mesh.shape[axis] == 0 else None
-      for axis, size in zip(padded, shape, strict=True)
+      for axis, size in zip(_axes(name, shape), shape, strict=True)
     )
   )
+
+
+def find_undivided(params: Any, mesh: jax.sharding.Mesh) -> list[str]:
+  """For each mesh axis a line on the parameters that it cannot split.
+
+  They stay whole along it, so that a small model runs on a large mesh.
+  """
+  wanted = {axis: [] for axis in AXES}
+  whole = {axis: [] for axis in AXES}
+
+  def look(name: str, leaf: Any) -> None:
+    for axis, size in zip(_axes(name, leaf.shape), leaf.shape, strict=True):
+      if axis is not None:
+        wanted[axis].append(name)
+        if size % mesh.shape[axis]:
+          whole[axis].append(name)
+
+  map_with_name(look, params)
+  return [
+    f"mesh.{axis} = {mesh.shape[axis]} splits "
+    f"{len(wanted[axis]) - len(names)} of {len(wanted[axis])} parameters; it "
+    f"does not divide a size of {', '.join(names)}"
+    for axis, names in whole.items()
+    if names
+  ]
 
 
 def param_shardings(params: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -88,6 +88,25 @@ def test_what_does_not_divide_stays_whole():
   )
 
 
+def test_what_a_mesh_axis_cannot_split_is_named():
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+
+  def leaf(*shape):
+    return jax.ShapeDtypeStruct(shape, "float32")
+
+  params = {
+    "vision": {"patch_kernel": leaf(48, 64), "position_embedding": leaf(5, 66)},
+    "match_head": {"fc": {"kernel": leaf(62, 2), "bias": leaf(2)}},
+    "text": {"mlp": {"fc1": {"bias": leaf(3, 64)}}},
+  }
+  assert sharding.find_undivided(params, mesh) == [
+    "mesh.fsdp = 4 splits 1 of 3 parameters; it does not divide a size of "
+    "match_head/fc/kernel, vision/position_embedding"
+  ]
+  one = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
+  assert not sharding.find_undivided(params, one)
+
+
 @pytest.mark.parametrize(
   ("config", "shape"),
   [

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from glscl_jax import config as config_lib
+from glscl_jax import sharding
 from glscl_jax.data import pipeline
 from glscl_jax.systems import flops
 from glscl_jax.train import checkpoint, loop, metrics
@@ -50,6 +51,8 @@ def dry_run(
     _check_workdir(config, workdir, inputs)
     abstract = state_lib.abstract_state(config, inputs.mesh)
     say(format_params(abstract.params))
+    for line in sharding.find_undivided(abstract.params, inputs.mesh):
+      say(f"warning: {line}")
     restored = checkpoint.restore(workdir, abstract)
     if restored is not None:
       inputs.iterator.set_state(restored.data_state)

@@ -318,7 +318,10 @@ def _make_state(
   log: metrics.RunLog,
 ) -> tuple[state_lib.TrainState, int]:
   """The restored state, or a fresh one with what `initial` brings."""
-  restored = checkpointer.restore(state_lib.abstract_state(config, inputs.mesh))
+  abstract = state_lib.abstract_state(config, inputs.mesh)
+  for line in sharding.find_undivided(abstract.params, inputs.mesh):
+    log.warning(line)
+  restored = checkpointer.restore(abstract)
   if restored is not None:
     inputs.iterator.set_state(restored.data_state)
     log.info(f"continuing after step {restored.step}")

@@ -19,8 +19,10 @@ from tests import random_pairs, tiny
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
   data = tiny.write_names(tmp_path_factory.mktemp("data") / "names", "train")
+  config = tiny.config(data)
   return dataclasses.replace(
-    tiny.config(data),
+    config,
+    model=dataclasses.replace(config.model, joint_width=36),
     objectives=config_lib.ObjectiveConfig(
       **random_pairs.only("itc"),
       neg_group=8,
@@ -73,9 +75,12 @@ def reasons(config, workdir):
 
 def test_a_dry_run_reads_the_checkpoint_and_touches_nothing(config, saved):
   before, said = contents(saved), []
+  config = dataclasses.replace(config, mesh=config_lib.MeshConfig(fsdp=8))
   dry_run.dry_run(config, saved, say=said.append)
   assert f"a start would continue after step 3 of {saved}" in said
   assert contents(saved) == before
+  (warning,) = (text for text in said if text.startswith("warning: "))
+  assert "it does not divide a size of image_projection/fc2/kernel" in warning
 
 
 @pytest.mark.parametrize(
