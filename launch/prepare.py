@@ -5,13 +5,15 @@
 
 A directory that is whole and was made from the same input is left alone. What
 the lines of a JSON Lines file look like is in docs/data.md.
+
+Exit code 0: done. 2: `error: ...` says what to change. 130: Ctrl-C.
 """
 
 from __future__ import annotations
 
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -93,17 +95,31 @@ def _prepare() -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
   """Makes the directory and prints what is in it."""
-  if len(argv) > 1:
-    raise app.UsageError(f"not understood: {argv[1:]}")
+  del argv
   try:
     manifest = _prepare()
   except (emoji.FetchError, pairs.DataError, tokenizer.TokenizerError) as error:
-    sys.exit(f"prepare: {error}")
+    _fail(error)
   except KeyboardInterrupt:
-    print("prepare: stopped; the same command begins again", file=sys.stderr)
+    print("stopped; the same command begins again", file=sys.stderr)
     sys.exit(130)
   print(prepare.describe(_OUTPUT.value, manifest))
 
 
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    rest = flags.FLAGS(argv)
+    if len(rest) > 1:
+      raise flags.Error(f"argument {rest[1]!r} is no flag")
+  except flags.Error as error:
+    _fail(error)
+  return rest
+
+
+def _fail(error: Exception) -> NoReturn:
+  print(f"error: {error}", file=sys.stderr)
+  sys.exit(2)
+
+
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=_parse)

@@ -370,7 +370,21 @@ def test_the_command_ends_with_the_reason_alone(tmp_path):
     f"--input={tmp_path / 'none.jsonl'}",
     f"--output={tmp_path / 'data'}",
   )
-  assert done.returncode == 1
-  assert done.stderr.startswith("prepare: ")
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: ")
   assert "none.jsonl: cannot be read" in done.stderr
   assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("--outptu=x", "error: Unknown command line flag 'outptu'. Did you mean"),
+    ("extra", "error: argument 'extra' is no flag"),
+  ],
+)
+def test_the_command_names_a_wrong_argument(tmp_path, argument, message):
+  done = _run(f"--output={tmp_path / 'data'}", argument)
+  assert done.returncode == 2
+  assert done.stderr.startswith(message)
+  assert not (tmp_path / "data").exists()
