@@ -161,10 +161,14 @@ def trained_streams(
 def last_layer(
   config: Config, image_length: int, *, text_rows: int, image_rows: int
 ) -> dict[str, int]:
-  """The last fusion layer of one pass by stream, for the rows it computes."""
+  """The last fusion layer of one pass by stream, for the rows it computes.
+
+  A stream of which no row is read is not computed at all.
+  """
   text_length, width = config.model.text.max_length, config.model.fusion.width
   if not config.model.fusion.restrict_last_layer:
-    text_rows, image_rows = text_length, image_length
+    text_rows = text_length if text_rows else 0
+    image_rows = image_length if image_rows else 0
   return {
     "text": flops.cross_block(text_rows, text_length, image_length, width),
     "image": flops.cross_block(image_rows, image_length, text_length, width),

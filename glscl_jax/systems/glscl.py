@@ -283,7 +283,13 @@ def fuse(
         streams, encoded.text_valid_BT, text_rows_BQ, image_rows_BJ
       )
     else:
-      x_BLD, y_BMD = model.fusion.head(streams, encoded.text_valid_BT)
+      # A stream that nobody reads is left out here too, with its parameters.
+      x_BLD, y_BMD = model.fusion.head(
+        streams,
+        encoded.text_valid_BT,
+        None if plan.text_rows[fused] else text_rows_BQ,
+        None if plan.image_rows[fused] else image_rows_BJ,
+      )
       x_BQD = layers.take_rows(x_BLD, text_rows_BQ)
       y_BJD = layers.take_rows(y_BMD, image_rows_BJ)
     text[fused] = views.Rows(x_BQD, text_offsets)

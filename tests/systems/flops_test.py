@@ -58,8 +58,9 @@ def trace(config):
       }
     },
     {"objectives": random_pairs.only("mlm")},
+    {"restrict_last_layer": False, "objectives": random_pairs.only("mlm")},
   ],
-  ids=["all", "all rows", "more passes", "mlm alone"],
+  ids=["all", "all rows", "more passes", "mlm alone", "mlm alone, all rows"],
 )
 def test_the_count_is_that_of_the_products_the_system_runs(
   options, monkeypatch

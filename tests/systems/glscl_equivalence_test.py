@@ -36,7 +36,7 @@ def make_config(model=None, fusion=None, **objectives) -> config_lib.Config:
         vocab_size=VOCAB, max_length=T, width=64, depth=2, dropout=0.0
       ),
       fusion=config_lib.FusionConfig(
-        width=64, depth=2, dropout=0.0, **(fusion or {})
+        **({"width": 64, "depth": 2, "dropout": 0.0} | (fusion or {}))
       ),
       joint_width=32,
       init_std=0.2,
@@ -124,6 +124,25 @@ def test_unshared_texts_and_whole_last_layers_give_the_same_losses():
   assert set(found) == set(usual) and len(found) > 5
   for name, value in usual.items():
     np.testing.assert_allclose(found[name], value, rtol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mgsc_image"])
+def test_a_stream_nobody_reads_has_no_last_layer_restricted_or_not(objective):
+  weights = {name: 0.0 for name in config_lib.OBJECTIVES} | {objective: 1.0}
+  usual, whole = (
+    jax.eval_shape(
+      functools.partial(
+        glscl.init,
+        make_config(
+          fusion={"restrict_last_layer": restricted, "depth": 1}, **weights
+        ),
+      ),
+      jax.random.key(0),
+    )
+    for restricted in (True, False)
+  )
+  assert len(usual["fusion"]["last"]) == 1
+  assert jax.tree.map(jnp.shape, whole) == jax.tree.map(jnp.shape, usual)
 
 
 @pytest.fixture(scope="module")
