@@ -86,6 +86,11 @@ def hash_split(manifest: Mapping[str, Any], split: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
+def counts_name(split: str) -> str:
+  """The file with the number of captions of each record of a split."""
+  return f"num_captions-{split}.npy"
+
+
 def find_damage(
   data_dir: str | os.PathLike[str], *, source: Mapping[str, Any]
 ) -> str:
@@ -292,7 +297,15 @@ def _build(
   builder = Pairs(data_dir=root, file_format="array_record")
   with quiet(), contextlib.redirect_stdout(None):
     builder.download_and_prepare()
-  return pathlib.Path(builder.data_dir)
+    directory = pathlib.Path(builder.data_dir)
+    for name in splits:
+      # Read back: the builder has shuffled the records.
+      records = builder.as_data_source(
+        split=name, decoders={"image": tfds.decode.SkipDecoding()}
+      )
+      counts_A = np.array([len(row["captions"]) for row in records], np.int32)
+      np.save(directory / counts_name(name), counts_A)
+  return directory
 
 
 def _count(directory: pathlib.Path) -> dict[str, int]:

@@ -65,11 +65,9 @@ class Pairs:
 
 
 def make_pairs(source: sources.Source) -> Pairs:
-  """Counts the captions of every record, which reads each record once."""
-  counts_A = np.array(
-    [max(1, len(source[i].captions)) for i in range(len(source))], np.int64
-  )
-  return Pairs(source, np.cumsum(counts_A))
+  """Numbers the captions of all records."""
+  counts_A = np.maximum(1, source.count_captions())
+  return Pairs(source, np.cumsum(counts_A, dtype=np.int64))
 
 
 def mask_kinds(config: config_lib.Config) -> frozenset[str]:

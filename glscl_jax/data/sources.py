@@ -10,6 +10,8 @@ import os
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from glscl_jax.data import pairs
 
 
@@ -82,6 +84,31 @@ class Source:
       image_id=int(record["image_id"]),
     )
 
+  def count_captions(self) -> np.ndarray:
+    """The number of captions of each record, int32.
+
+    Reads a directory made before counts were stored record by record.
+
+    Raises:
+      DataError: counts or records that cannot be read.
+    """
+    path = self._data_dir / pairs.counts_name(self._split)
+    if not path.is_file():
+      return np.array(
+        [len(self[i].captions) for i in range(len(self))], np.int32
+      )
+    try:
+      counts_A = np.load(path)
+      fits = counts_A.shape == (self._size,)
+    except (OSError, ValueError, EOFError):
+      fits = False
+    if not fits:
+      raise pairs.DataError(
+        f"{path}: not the caption counts of {self._size} records; make the "
+        "directory again with launch/prepare.py"
+      )
+    return counts_A
+
   def __getstate__(self) -> dict[str, Any]:
     # An open reader holds file handles: every worker opens its own.
     return {**self.__dict__, "_records": None}
@@ -117,7 +144,7 @@ def open_source(data_dir: str | os.PathLike[str], split: str) -> Source:
       f"{data_dir}: no split {split!r}; it has {sorted(manifest['splits'])}"
     )
   for name, entry in manifest["files"].items():
-    if f"-{split}.array_record" in name:
+    if f"-{split}.array_record" in name or name == pairs.counts_name(split):
       _check_size(directory / name, entry["size"])
   source = Source(directory, split, manifest["splits"][split])
   source[0]  # fails here rather than in a worker

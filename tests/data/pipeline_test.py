@@ -413,6 +413,9 @@ class ListSource:
   def __getitem__(self, index):
     return self._examples[index]
 
+  def count_captions(self):
+    return np.array([len(example.captions) for example in self._examples])
+
 
 def without_masks(config):
   return change(config, "objectives", **(NO_OBJECTIVE | {"itc": 1.0}))

@@ -194,6 +194,41 @@ def test_bytes_that_rot_in_place_are_an_error_not_wrong_data(own_dir):
   assert failures
 
 
+def unlist(data_dir, name):
+  """As a directory made before there was the file `name`."""
+  (data_dir / name).unlink()
+  path = data_dir / pairs.MANIFEST
+  manifest = json.loads(path.read_text())
+  del manifest["files"][name]
+  path.write_text(json.dumps(manifest))
+
+
+def test_captions_are_counted_without_reading_records(data_dir, monkeypatch):
+  source = sources.open_source(data_dir, "train")
+  expected = [len(source[i].captions) for i in range(len(source))]
+  assert len(set(expected)) == 2
+  monkeypatch.setattr(sources.Source, "__getitem__", None)
+  np.testing.assert_array_equal(source.count_captions(), expected)
+
+
+def test_captions_of_an_older_directory_are_counted_by_reading(own_dir):
+  expected = sources.open_source(own_dir, "train").count_captions()
+  unlist(own_dir, "num_captions-train.npy")
+  source = sources.open_source(own_dir, "train")
+  np.testing.assert_array_equal(source.count_captions(), expected)
+
+
+def test_damaged_caption_counts_are_named(own_dir):
+  path = own_dir / "num_captions-train.npy"
+  data = path.read_bytes()
+  path.write_bytes(bytes(len(data)))
+  with pytest.raises(pairs.DataError, match="num_captions-train.npy: not the"):
+    sources.open_source(own_dir, "train").count_captions()
+  path.write_bytes(data[:-1])
+  with pytest.raises(pairs.DataError, match="num_captions-train.npy has"):
+    sources.open_source(own_dir, "train")
+
+
 def test_the_tokenizer_of_a_directory_is_found_or_asked_for(own_dir):
   with pytest.raises(pairs.DataError, match="no tokenizer.model or tokenizer"):
     sources.tokenizer_path(own_dir)
