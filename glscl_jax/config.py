@@ -62,6 +62,11 @@ class VisionConfig:
   activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
   norm_eps: float = 1e-5
   mask_token_std: float = 1.0  # N(0, std) init of the learned patch vector
+  stem: tuple[int, ...] = ()  # widths of the stages of a convolution stem,
+  # for training from little data [choice]; empty: CLIP's patch matrix
+  stem_blocks: tuple[int, ...] = ()  # residual blocks in each stage
+  class_state: Literal["token", "mean"] = "token"  # mean: of the other states
+  # takes the place of the class token's [choice]
 
   def __post_init__(self):
     _check_positive(self, "image_size", "patch_size", "width", "depth")
@@ -72,6 +77,20 @@ class VisionConfig:
     )
     _check(
       self.width % HEAD_WIDTH == 0, "width", f"not a multiple of {HEAD_WIDTH}"
+    )
+    _check(
+      all(n > 0 for n in self.stem), "stem", f"not all positive: {self.stem}"
+    )
+    _check(
+      self.patch_size % 2 ** max(len(self.stem) - 1, 0) == 0,
+      "stem",
+      f"{len(self.stem)} stages do not halve to patch_size {self.patch_size}",
+    )
+    _check(
+      len(self.stem_blocks) == len(self.stem)
+      and all(n >= 0 for n in self.stem_blocks),
+      "stem_blocks",
+      f"needs one number a stage of stem {self.stem}, is {self.stem_blocks}",
     )
 
   @property
@@ -88,6 +107,8 @@ class TextConfig:
   max_length: int = 50  # L, with both special tokens
   width: int = 768  # D
   depth: int = 12
+  class_state: Literal["token", "mean"] = "token"  # mean: of the other valid
+  # states takes the place of the first token's [choice]
   num_positions: int = 514  # real tokens use rows 2, 3, ..; pads use row 1
   norm_eps: float = 1e-5
   dropout: float = 0.1
@@ -132,7 +153,11 @@ class ModelConfig:
   text: TextConfig = field(default_factory=TextConfig)
   fusion: FusionConfig = field(default_factory=FusionConfig)
   joint_width: int = 512  # E, of the contrastive space
+  joint_projection: Literal["mlp", "linear"] = "mlp"  # into that space;
+  # linear: as MaskVLM and CLIP
   init_std: float = 0.02  # text, fusion and heads
+  zero_residual: bool = False  # encoders start as the identity: the last
+  # matrix of each residual branch is 0 [choice]
   itc_temperature: float = 0.07  # initial value of the learned divisor
   compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of products
   scan: bool = True  # one compiled body per stack of layers
@@ -241,6 +266,10 @@ class AugmentConfig:
   randaugment_ops: int = 0  # operations an image
   randaugment_magnitude: float = 9.0  # of 30
   color: bool = True  # False drops the colour operations
+  warp: float = 0.0  # strength of a random affine map that takes the place of
+  # the crop; for drawings, 0: none [choice]
+  recolor: float = 0.0  # deviation of a random mix of the three colours, for
+  # drawings, 0: none [choice]
   phrases: Literal["all", "subset"] = "all"  # subset: of a caption's parts
   # between colons and commas a random number, in random order
 
@@ -249,7 +278,9 @@ class AugmentConfig:
       low, high = getattr(self, name)
       _check(0 < low <= high, name, f"needs 0 < low <= high, is {low, high}")
     _check(self.crop_scale[1] <= 1, "crop_scale", "must not exceed 1")
-    _check_not_negative(self, "randaugment_ops", "randaugment_magnitude")
+    _check_not_negative(
+      self, "randaugment_ops", "randaugment_magnitude", "warp", "recolor"
+    )
     _check(
       self.randaugment_magnitude <= 30, "randaugment_magnitude", "at most 30"
     )

@@ -37,13 +37,19 @@ def config(
   objectives: dict | None = None,
   optimizer: dict | None = None,
   num_steps: int = 10,
+  vision: dict | None = None,
+  text: dict | None = None,
   **model,
 ) -> config_lib.Config:
   """By default 16 patches of 8 x 8 pixels, 10 tokens, 64 words, width 64."""
   return config_lib.Config(
     model=config_lib.ModelConfig(
       vision=config_lib.VisionConfig(
-        image_size=image_size, patch_size=8, width=width, depth=depth
+        image_size=image_size,
+        patch_size=8,
+        width=width,
+        depth=depth,
+        **(vision or {}),
       ),
       text=config_lib.TextConfig(
         vocab_size=vocab_size,
@@ -52,6 +58,7 @@ def config(
         width=width,
         depth=depth,
         dropout=dropout,
+        **(text or {}),
       ),
       fusion=config_lib.FusionConfig(
         width=width,
@@ -71,6 +78,15 @@ def config(
     data=config_lib.DataConfig(dir="unused", batch_size=batch_size),
     train=config_lib.TrainConfig(num_steps=num_steps),
   )
+
+
+# What the quick start changes of the encoders, at the smallest size.
+SMALL_DATA = {
+  "vision": {"stem": (8, 16), "stem_blocks": (1, 0), "class_state": "mean"},
+  "text": {"class_state": "mean"},
+  "joint_projection": "linear",
+  "zero_residual": True,
+}
 
 
 def only(*names: str, **weights: float) -> dict[str, float]:
@@ -175,8 +191,10 @@ def params(config: config_lib.Config, *, seed: int = 0):
   return once(functools.partial(glscl.init, config))(jax.random.key(seed))
 
 
-def spread_params(config: config_lib.Config, *, seed: int = 0):
-  """Random weights so wide that outputs differ much; compiles nothing."""
+def spread_params(
+  config: config_lib.Config, *, seed: int = 0, spread: float = 0.1
+):
+  """Random weights, wide enough that outputs differ; compiles nothing."""
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):
@@ -184,7 +202,7 @@ def spread_params(config: config_lib.Config, *, seed: int = 0):
     noise = rng.standard_normal(leaf.shape).astype(np.float32)
     if "temperature" in name:
       return np.full(leaf.shape, 0.07, np.float32)
-    return 1 + 0.1 * noise if "scale" in name else 0.1 * noise
+    return 1 + spread * noise if "scale" in name else spread * noise
 
   return jax.tree_util.tree_map_with_path(
     draw, jax.eval_shape(lambda: glscl.init(config, jax.random.key(0)))

@@ -11,6 +11,7 @@ from glscl_jax import sharding
 from glscl_jax.config import MeshConfig
 from glscl_jax.systems import glscl
 from glscl_jax.train import optimizer
+from tests import random_pairs
 
 TABLES = {
   "parameters": sharding.PARAM_RULES,
@@ -21,8 +22,12 @@ TABLES = {
 
 @pytest.fixture(scope="module")
 def base():
+  return shapes(config_lib.Config())
+
+
+def shapes(config):
   params = jax.eval_shape(
-    functools.partial(glscl.init, config_lib.Config()), jax.random.key(0)
+    functools.partial(glscl.init, config), jax.random.key(0)
   )
   return {
     sharding.path_name(path): leaf.shape
@@ -30,18 +35,24 @@ def base():
   }
 
 
+@pytest.fixture(scope="module")
+def every_part(base):
+  """The paper's parameters, and those that only some recipes have."""
+  return base | shapes(random_pairs.config(**random_pairs.SMALL_DATA))
+
+
 @pytest.mark.parametrize("table", TABLES)
-def test_each_parameter_matches_exactly_one_rule(table, base):
-  for name in base:
+def test_each_parameter_matches_exactly_one_rule(table, every_part):
+  for name in every_part:
     sharding.match_one(name, TABLES[table])
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_each_rule_is_used(table, base):
+def test_each_rule_is_used(table, every_part):
   unused = [
     pattern
     for pattern, _ in TABLES[table]
-    if not any(re.fullmatch(pattern, name) for name in base)
+    if not any(re.fullmatch(pattern, name) for name in every_part)
   ]
   assert not unused
 

@@ -38,6 +38,23 @@ def patch_embedding(width: int, patch_size: int, patches: int) -> int:
   return linear(patches, 3 * patch_size**2, width)
 
 
+def stem(cells: int, cell_values: int, widths: tuple[int, ...], blocks) -> int:
+  """A convolution stem without its last linear map.
+
+  Args:
+    cells: of the first stage's grid; each later stage has a quarter.
+    cell_values: pixels times colours of one such cell.
+    widths: of the stages.
+    blocks: residual blocks (two 3 x 3 convolutions) of each stage.
+  """
+  total, values = 0, cell_values
+  for width, count in zip(widths, blocks, strict=True):
+    total += linear(cells, values, width)
+    total += count * 2 * linear(cells, 9 * width, width)
+    cells, values = cells // 4, 4 * width
+  return total
+
+
 def vit(
   width: int,
   depth: int,
@@ -75,9 +92,10 @@ def co_attention(text_length: int, image_length: int, width: int) -> int:
   ) + cross_block(image_length, image_length, text_length, width)
 
 
-def joint_projection(width: int, joint_width: int) -> int:
+def joint_projection(width: int, joint_width: int, *, kind: str) -> int:
   """The ITC head of one modality."""
-  return linear(1, width, width) + linear(1, width, joint_width)
+  hidden = linear(1, width, width) if kind == "mlp" else 0
+  return hidden + linear(1, width, joint_width)
 
 
 def vocabulary_head(rows: int, width: int, vocab_size: int) -> int:

@@ -112,17 +112,30 @@ class Mlp(nn.Module):
   dtype: str
   activation: str = "gelu"
   kernel_init: Initializer = nn.initializers.normal(0.02)
+  out_init: Initializer | None = None  # of W2; None: as W1
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     width = x_BLD.shape[-1]
+    out_init = self.out_init or self.kernel_init
     h_BLF = Dense(
       4 * width, self.dtype, kernel_init=self.kernel_init, name="fc1"
     )(x_BLD)
     h_BLF = ACTIVATIONS[self.activation](h_BLF)
-    return Dense(width, self.dtype, kernel_init=self.kernel_init, name="fc2")(
-      h_BLF
-    )
+    return Dense(width, self.dtype, kernel_init=out_init, name="fc2")(h_BLF)
+
+
+def put_mean_first(
+  x_BLD: jax.Array, valid_BL: jax.Array | None = None
+) -> jax.Array:
+  """Puts the mean of the other (valid) rows in place of row 0."""
+  rest_BMD = x_BLD[:, 1:]
+  weight_BM = jnp.ones(rest_BMD.shape[:2], x_BLD.dtype)
+  if valid_BL is not None:
+    weight_BM = valid_BL[:, 1:].astype(x_BLD.dtype)
+  count_B1 = jnp.maximum(jnp.sum(weight_BM, axis=1, keepdims=True), 1)
+  mean_BD = jnp.sum(rest_BMD * (weight_BM / count_B1)[:, :, None], axis=1)
+  return jnp.concatenate([mean_BD[:, None], rest_BMD], axis=1)
 
 
 def take_rows(x_BLD: jax.Array, rows_BQ: jax.Array) -> jax.Array:

@@ -115,3 +115,20 @@ def batched_dot(
   that swapping terms gives the gradients.
   """
   return _einsum(equation, x, y, dtype)
+
+
+def convolve(
+  x_BYXD: jax.Array, kernel_ZWDF: jax.Array, *, dtype: str
+) -> jax.Array:
+  """A convolution that keeps the grid, in `activation_dtype(dtype)`.
+
+  float32 on CPU, where XLA's bfloat16 convolution is no faster.
+  """
+  wide = activation_dtype(dtype)
+  return jax.lax.conv_general_dilated(
+    x_BYXD.astype(wide),
+    kernel_ZWDF.astype(wide),
+    window_strides=(1, 1),
+    padding="SAME",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )

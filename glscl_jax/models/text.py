@@ -43,7 +43,7 @@ class TextEncoder(nn.Module):
     x_BTD = layers.Dropout(text.dropout)(
       x_BTD.astype(activation_dtype(self.config.compute_dtype))
     )
-    return transformer.Stack(
+    y_BTD = transformer.Stack(
       functools.partial(
         transformer.PostBlock,
         width=text.width,
@@ -51,6 +51,7 @@ class TextEncoder(nn.Module):
         eps=text.norm_eps,
         dropout=text.dropout,
         init_std=self.config.init_std,
+        zero_residual=self.config.zero_residual,
         parent=None,
       ),
       text.depth,
@@ -58,3 +59,6 @@ class TextEncoder(nn.Module):
       self.config.remat,
       name="blocks",
     )(x_BTD, valid_BT)
+    if text.class_state == "mean":
+      y_BTD = layers.put_mean_first(y_BTD, valid_BT)
+    return y_BTD

@@ -20,7 +20,11 @@ class Towers(nn.Module):
 
   def setup(self):
     config = self.config
-    joint = (config.joint_width, config.compute_dtype)
+    joint = (
+      config.joint_width,
+      config.compute_dtype,
+      config.joint_projection,
+    )
     self.vision = vision.VisionEncoder(config)
     self.text = text.TextEncoder(config)
     self.fusion = fusion.Fusion(config)

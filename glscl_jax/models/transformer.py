@@ -23,18 +23,24 @@ class PreBlock(nn.Module):
   dtype: str
   eps: float
   activation: str
+  zero_residual: bool = False
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
     xavier = nn.initializers.xavier_uniform()
+    last_init = nn.initializers.zeros if self.zero_residual else xavier
     qkv_init = nn.initializers.normal(self.width**-0.5)
     h_BLD = layers.LayerNorm(self.eps, name="norm1")(x_BLD)
     x_BLD += attention.Attention(
-      self.dtype, qkv_init=qkv_init, out_init=xavier, name="attention"
+      self.dtype, qkv_init=qkv_init, out_init=last_init, name="attention"
     )(h_BLD, h_BLD)
     h_BLD = layers.LayerNorm(self.eps, name="norm2")(x_BLD)
     return x_BLD + layers.Mlp(
-      self.dtype, self.activation, kernel_init=xavier, name="mlp"
+      self.dtype,
+      self.activation,
+      kernel_init=xavier,
+      out_init=last_init,
+      name="mlp",
     )(h_BLD)
 
   def example(self) -> tuple[Any, ...]:
@@ -50,16 +56,20 @@ class PostBlock(nn.Module):
   eps: float
   dropout: float
   init_std: float
+  zero_residual: bool = False
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
     normal = nn.initializers.normal(self.init_std)
+    last_init = nn.initializers.zeros if self.zero_residual else normal
     drop = layers.Dropout(self.dropout)
     h_BLD = attention.Attention(
-      self.dtype, self.dropout, normal, normal, name="attention"
+      self.dtype, self.dropout, normal, last_init, name="attention"
     )(x_BLD, x_BLD, valid_BL)
     x_BLD = layers.LayerNorm(self.eps, name="norm1")(x_BLD + drop(h_BLD))
-    h_BLD = layers.Mlp(self.dtype, kernel_init=normal, name="mlp")(x_BLD)
+    h_BLD = layers.Mlp(
+      self.dtype, kernel_init=normal, out_init=last_init, name="mlp"
+    )(x_BLD)
     return layers.LayerNorm(self.eps, name="norm2")(x_BLD + drop(h_BLD))
 
   def example(self) -> tuple[Any, ...]:

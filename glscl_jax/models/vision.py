@@ -13,33 +13,26 @@ import jax
 import jax.numpy as jnp
 
 from glscl_jax.config import ModelConfig
-from glscl_jax.models import layers, products, transformer
+from glscl_jax.models import layers, products, stem, transformer
 
 
 def patchify(image_BYXC: jax.Array, patch_size: int) -> jax.Array:
   """(B,R,R,3) to (B,I,P), patches row-major, values (row, column, channel)."""
-  batch, rows, columns, channels = image_BYXC.shape
-  grid = image_BYXC.reshape(
-    batch,
-    rows // patch_size,
-    patch_size,
-    columns // patch_size,
-    patch_size,
-    channels,
-  )
-  return grid.transpose(0, 1, 3, 2, 4, 5).reshape(
-    batch, -1, patch_size * patch_size * channels
-  )
+  cells_BLMP = stem.join_cells(image_BYXC, patch_size)
+  return cells_BLMP.reshape(cells_BLMP.shape[0], -1, cells_BLMP.shape[-1])
+
+
+def named_patches(index_BJ: jax.Array, num_patches: int) -> jax.Array:
+  """(B, I) bool: which patches `index_BJ` names."""
+  number_11I = jnp.arange(num_patches)[None, None, :]
+  return jnp.any(index_BJ[:, :, None] == number_11I, axis=1)
 
 
 def replace_patches(
   x_BID: jax.Array, tok_idx_BJ: jax.Array, token_D: jax.Array
 ) -> jax.Array:
   """Puts `token_D` in place of the patches `tok_idx_BJ`."""
-  num_patches = x_BID.shape[1]
-  hidden_BI = jnp.any(
-    tok_idx_BJ[:, :, None] == jnp.arange(num_patches)[None, None, :], axis=1
-  )
+  hidden_BI = named_patches(tok_idx_BJ, x_BID.shape[1])
   token_11D = token_D[None, None, :].astype(x_BID.dtype)
   return jnp.where(hidden_BI[:, :, None], token_11D, x_BID)
 
@@ -55,13 +48,15 @@ class VisionEncoder(nn.Module):
 
   def setup(self):
     vision = self.config.vision
-    patch_values = 3 * vision.patch_size**2
     normal = nn.initializers.normal(vision.width**-0.5)
-    self.patch_kernel_PD = self.param(
-      "patch_kernel",
-      nn.initializers.xavier_uniform(),
-      (patch_values, vision.width),
-    )
+    if vision.stem:
+      self.stem = stem.Stem(self.config)
+    else:
+      self.patch_kernel_PD = self.param(
+        "patch_kernel",
+        nn.initializers.xavier_uniform(),
+        (3 * vision.patch_size**2, vision.width),
+      )
     self.class_D = self.param("class_embedding", normal, (vision.width,))
     self.position_LD = self.param(
       "position_embedding", normal, (1 + vision.num_patches, vision.width)
@@ -78,6 +73,7 @@ class VisionEncoder(nn.Module):
         dtype=self.config.compute_dtype,
         eps=vision.norm_eps,
         activation=vision.activation,
+        zero_residual=self.config.zero_residual,
         parent=None,
       ),
       vision.depth,
@@ -86,7 +82,13 @@ class VisionEncoder(nn.Module):
     )
 
   def embed(self, image_BYXC: jax.Array) -> jax.Array:
-    """Patch embeddings before positions, (B, I, D); no bias, as in CLIP."""
+    """Patch embeddings before positions, (B, I, D); no bias, as in CLIP.
+
+    With a convolution stem, embeddings read neighbouring patches: pixels that
+    must stay hidden have to be blanked before.
+    """
+    if self.config.vision.stem:
+      return self.stem(image_BYXC)
     patches_BIP = patchify(image_BYXC, self.config.vision.patch_size)
     return products.dot(
       patches_BIP, self.patch_kernel_PD, dtype=self.config.compute_dtype
@@ -113,7 +115,10 @@ class VisionEncoder(nn.Module):
 
   def encode(self, x_BLD: jax.Array) -> jax.Array:
     """Embedded tokens to states, same shape."""
-    return self.ln_post(self.blocks(self.ln_pre(x_BLD)))
+    y_BLD = self.ln_post(self.blocks(self.ln_pre(x_BLD)))
+    if self.config.vision.class_state == "mean":
+      y_BLD = layers.put_mean_first(y_BLD)
+    return y_BLD
 
   def __call__(self, image_BYXC: jax.Array) -> jax.Array:
     return self.encode(self.complete(self.embed(image_BYXC)))

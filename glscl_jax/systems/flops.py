@@ -95,21 +95,30 @@ def text_encoding(config: Config) -> int:
 
 
 def embedding(config: Config) -> int:
-  """The patches of one image, embedded once for all of its versions."""
+  """The patches of one image."""
   vision = config.model.vision
-  return flops.patch_embedding(
-    vision.width, vision.patch_size, vision.num_patches
-  )
+  if not vision.stem:
+    return flops.patch_embedding(
+      vision.width, vision.patch_size, vision.num_patches
+    )
+  cells_a_patch = 4 ** (len(vision.stem) - 1)
+  return flops.stem(
+    vision.num_patches * cells_a_patch,
+    3 * vision.patch_size**2 // cells_a_patch,
+    vision.stem,
+    vision.stem_blocks,
+  ) + flops.linear(vision.num_patches, vision.stem[-1], vision.width)
 
 
 def forward(config: Config) -> Forward:
   """What `systems/glscl.py` computes: each version and each pass once."""
   model, objectives = config.model, config.objectives
   sizes, plan = make_sizes(config), glscl.make_plan(objectives)
-  image = float(embedding(config))
-  for version in plan.image_versions:
-    if version != "itm":
-      image += image_encoding(config, sizes.image[version])
+  versions = [name for name in plan.image_versions if name != "itm"]
+  # A patch matrix serves all versions at once, a stem runs for each.
+  image = float(
+    embedding(config) * (len(versions) if model.vision.stem else 1)
+  ) + sum(image_encoding(config, sizes.image[name]) for name in versions)
   if "itm" in plan.image_versions and objectives.itm_negatives == "dataset":
     group = min(objectives.neg_group, config.data.batch_size)
     false_share = (group - group // 2) / group
@@ -181,7 +190,10 @@ def heads(config: Config, *, mlm_rows: int) -> float:
   parts = {
     "mlm": flops.vocabulary_head(mlm_rows, width, model.text.vocab_size),
     "itm": flops.match_head(width),
-    "itc": 2 * flops.joint_projection(width, model.joint_width),
+    "itc": 2
+    * flops.joint_projection(
+      width, model.joint_width, kind=model.joint_projection
+    ),
   }
   active = glscl.active_objectives(config.objectives)
   return float(sum(parts[name] for name in parts if name in active))

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 
 from glscl_jax.config import OBJECTIVES, Config, DataConfig, ObjectiveConfig
 from glscl_jax.data import masking
-from glscl_jax.models import layers
+from glscl_jax.models import layers, stem
 from glscl_jax.models.products import activation_dtype
 from glscl_jax.models.towers import Towers
+from glscl_jax.models.vision import named_patches
 from glscl_jax.objectives import completion, contrastive, masked_lm, matching
 from glscl_jax.systems import views
 from glscl_jax.systems.views import Pass, Reads
@@ -125,15 +126,45 @@ def encode_images(
   """Encoder states of the versions of I, equal lengths in one call."""
   dtype = activation_dtype(config.model.compute_dtype)
   image_BYXC = normalize_images(batch.image_BYXC, config.data).astype(dtype)
-  x_BID = model.vision.embed(image_BYXC)
+  patches = embed_images(model, batch, image_BYXC, versions)
   embedded = {}
   if "full" in versions:
-    embedded["full"] = (model.vision.complete(x_BID),)
+    embedded["full"] = (model.vision.complete(patches["full"]),)
   if "token" in versions:
-    embedded["token"] = (model.vision.hide(x_BID, batch.tok_idx_BI),)
+    embedded["token"] = (model.vision.hide(patches["token"], batch.tok_idx_BI),)
   if "drop" in versions:
-    embedded["drop"] = (model.vision.drop(x_BID, batch.keep_idx_BI),)
+    embedded["drop"] = (model.vision.drop(patches["drop"], batch.keep_idx_BI),)
   return views.batch_by_shape(model.vision.encode, embedded)
+
+
+def embed_images(
+  model: Towers,
+  batch: Batch,
+  image_BYXC: jax.Array,
+  versions: tuple[str, ...],
+) -> dict[str, jax.Array]:
+  """Patch embeddings of each version, (B, I, D).
+
+  A patch matrix sees one patch at a time: all versions share one embedding. A
+  convolution stem runs once a version, without the pixels hidden there.
+  """
+  vision = model.config.vision
+  if not vision.stem:
+    return dict.fromkeys(versions, model.vision.embed(image_BYXC))
+
+  def without_hidden(version: str) -> jax.Array:
+    if version == "token":
+      visible_BI = ~named_patches(batch.tok_idx_BI, vision.num_patches)
+    elif version == "drop":
+      visible_BI = named_patches(batch.keep_idx_BI, vision.num_patches)
+    else:
+      return image_BYXC
+    return stem.blank(image_BYXC, visible_BI, vision.patch_size)
+
+  return views.batch_by_shape(
+    model.vision.embed,
+    {name: (without_hidden(name),) for name in versions if name != "itm"},
+  )
 
 
 def encode_texts(

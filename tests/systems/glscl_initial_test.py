@@ -13,7 +13,7 @@ BATCH, WORDS = 16, 1000
 def metrics():
   """Losses of fresh parameters on distinct random samples."""
   config = random_pairs.config(
-    batch_size=BATCH, depth=2, vocab_size=WORDS, max_length=20
+    batch_size=BATCH, vocab_size=WORDS, max_length=20
   )
   output = random_pairs.loss_function(config)(
     random_pairs.params(config),
