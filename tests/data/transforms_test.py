@@ -379,6 +379,60 @@ def test_without_colour_operations_a_drawing_keeps_its_colours():
     assert np.ptp(share, axis=2).max() < 0.08
 
 
+def test_a_warp_is_one_affine_map():
+  # Where two coordinates are encoded as colours, an affine map stays affine.
+  ramp_A = np.linspace(60, 190, 96)
+  image_YXC = np.zeros((96, 96, 3))
+  image_YXC[:, :, 0], image_YXC[:, :, 1] = ramp_A[None], ramp_A[:, None]
+  warped_YXC = transforms.warp(
+    np.random.default_rng(3), image_YXC.astype(np.uint8), strength=1.0
+  )
+  centre_YXC = warped_YXC[32:64, 32:64, :2].astype(np.float64)
+  assert not np.allclose(centre_YXC, image_YXC[32:64, 32:64, :2], atol=3)
+  along_x, along_y = np.diff(centre_YXC[:, ::8], axis=1), centre_YXC[::8]
+  assert np.ptp(along_x, axis=(0, 1)).max() <= 4
+  assert np.ptp(np.diff(along_y, axis=0), axis=(0, 1)).max() <= 4
+
+
+def test_a_warp_of_no_strength_changes_nothing():
+  image_YXC = make_image()
+  warped_YXC = transforms.warp(
+    np.random.default_rng(0), image_YXC, strength=0.0
+  )
+  np.testing.assert_array_equal(warped_YXC, image_YXC)
+
+
+def test_warped_views_keep_a_drawing_in_sight():
+  image_YXC = np.full((96, 96, 3), 255, np.uint8)
+  image_YXC[44:52, 44:52] = 0
+  config = dataclasses.replace(PLAIN, warp=1.0)
+  for seed in range(50):
+    view_YXC = augment(image_YXC, config=config, seed=seed)
+    assert view_YXC.shape == (32, 32, 3)
+    assert view_YXC.min() < 100
+
+
+def test_new_colours_keep_shapes_and_colour_the_background_evenly():
+  image_YXC = np.full((48, 48, 3), 255, np.uint8)
+  image_YXC[10:20, 10:20] = (200, 30, 60)
+  config = dataclasses.replace(PLAIN, warp=1.0, recolor=0.25)
+  backgrounds, greys = set(), 0
+  for seed in range(100):
+    colours = np.unique(
+      transforms.recolor(
+        np.random.default_rng(seed), image_YXC, strength=config.recolor
+      ).reshape(-1, 3),
+      axis=0,
+    )
+    assert len(colours) <= 2
+    greys += int(np.all(np.ptp(colours.astype(int), axis=1) == 0))
+    corners = augment(image_YXC, config=config, seed=seed)[[0, -1], [0, -1]]
+    np.testing.assert_array_equal(corners[0], corners[1])
+    backgrounds.add(tuple(corners[0]))
+  assert len(backgrounds) > 30
+  assert 10 <= greys <= 40  # one in five on purpose, some by saturation
+
+
 def test_the_same_generator_gives_the_same_view():
   config = config_lib.AugmentConfig(randaugment_ops=2, hflip="always")
   image = make_image()

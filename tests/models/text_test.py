@@ -61,3 +61,16 @@ def test_word_order_matters(encoder):
     run(params, swapped_BT, VALID)[1, 0],
   )
   assert not np.allclose(*states, atol=1e-3)
+
+
+def test_the_class_state_can_be_the_mean_of_the_other_valid_states(encoder):
+  token, params, ids_BT = encoder
+  config = random_pairs.config(depth=2, text={"class_state": "mean"})
+  module = text.TextEncoder(config.model)
+  states_BTD = np.asarray(random_pairs.once(token.apply)(params, ids_BT, VALID))
+  mean_BTD = np.asarray(random_pairs.once(module.apply)(params, ids_BT, VALID))
+  np.testing.assert_array_equal(mean_BTD[:, 1:], states_BTD[:, 1:])
+  for b, count in enumerate(VALID.sum(axis=1)):
+    np.testing.assert_allclose(
+      mean_BTD[b, 0], states_BTD[b, 1:count].mean(axis=0), rtol=1e-5, atol=1e-6
+    )

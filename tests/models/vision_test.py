@@ -121,3 +121,15 @@ def test_initial_spreads_are_those_of_clip(encoder):
     WIDTH**-0.5, rel=0.1
   )
   assert np.std(params["mask_token"]["value"]) == pytest.approx(1.0, rel=0.3)
+
+
+def test_the_class_state_can_be_the_mean_of_the_other_states(encoder, x_BID):
+  config = random_pairs.config(depth=2, vision={"class_state": "mean"})
+  mean = vision.VisionEncoder(config.model).bind(encoder.variables)
+  tokens_BLD = encoder.complete(x_BID)
+  states_BLD = np.asarray(encoder.encode(tokens_BLD))
+  mean_BLD = np.asarray(mean.encode(tokens_BLD))
+  np.testing.assert_array_equal(mean_BLD[:, 1:], states_BLD[:, 1:])
+  np.testing.assert_allclose(
+    mean_BLD[:, 0], states_BLD[:, 1:].mean(axis=1), rtol=1e-5, atol=1e-6
+  )

@@ -28,6 +28,10 @@ def count_products(jaxpr) -> int:
       result = math.prod(equation.outvars[0].aval.shape)
       total += 2 * result * math.prod(left[axis] for axis in contracted)
     repeats = equation.params.get("length", 1)  # of a scan
+    if equation.primitive.name == "conv_general_dilated":
+      kernel_ZWDF = equation.invars[1].aval.shape
+      cells = math.prod(equation.outvars[0].aval.shape[:3])
+      total += 2 * cells * math.prod(kernel_ZWDF)
     for value in equation.params.values():
       inner = getattr(value, "jaxpr", value)
       if hasattr(inner, "eqns"):
@@ -59,8 +63,16 @@ def trace(config):
     },
     {"objectives": random_pairs.only("mlm")},
     {"restrict_last_layer": False, "objectives": random_pairs.only("mlm")},
+    random_pairs.SMALL_DATA,
   ],
-  ids=["all", "all rows", "more passes", "mlm alone", "mlm alone, all rows"],
+  ids=[
+    "all",
+    "all rows",
+    "more passes",
+    "mlm alone",
+    "mlm alone, all rows",
+    "convolution stem",
+  ],
 )
 def test_the_count_is_that_of_the_products_the_system_runs(
   options, monkeypatch
