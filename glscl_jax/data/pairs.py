@@ -76,7 +76,13 @@ def read_manifest(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def hash_split(manifest: Mapping[str, Any], split: str) -> str:
-  """A hash of the records of a split, wherever the directory lies."""
+  """A hash of a split's records in stored order, wherever they lie.
+
+  Two preparations of the same data give the same; for a directory made before
+  this was stored, a hash of its files, which is its own.
+  """
+  if "split_sha256" in manifest:
+    return manifest["split_sha256"][split]
   hashes = {
     name: entry["sha256"]
     for name, entry in manifest["files"].items()
@@ -149,7 +155,7 @@ def write(
   scratch = target.with_name(f"{target.name}.tmp-{os.getpid()}")
   try:
     images, contents = _ImageIndex(), _Contents()
-    built = _build(scratch / "build", splits, images, contents)
+    built, hashes = _build(scratch / "build", splits, images, contents)
     whole = scratch / "whole"
     shutil.move(built, whole)
     manifest = {
@@ -159,6 +165,7 @@ def write(
       # Of the records alone: equal on every machine, while the files differ
       # in the order in which fields were serialised.
       "content_sha256": contents.sha256(),
+      "split_sha256": hashes,
       "images": len(images.index),
       "images_in_several_splits": images.count_shared(),
     }
@@ -246,8 +253,8 @@ def _build(
   splits: Mapping[str, Callable[[], Iterable[Record]]],
   images: _ImageIndex,
   contents: _Contents,
-) -> pathlib.Path:
-  """Runs the builder below `root`; returns the folder of its files."""
+) -> tuple[pathlib.Path, dict[str, str]]:
+  """Runs the builder below `root`; its folder and the hash of each split."""
   # Imported late: it takes seconds, and readers of a manifest do not need it.
   import tensorflow_datasets as tfds
 
@@ -298,14 +305,35 @@ def _build(
   with quiet(), contextlib.redirect_stdout(None):
     builder.download_and_prepare()
     directory = pathlib.Path(builder.data_dir)
+    hashes = {}
     for name in splits:
       # Read back: the builder has shuffled the records.
       records = builder.as_data_source(
         split=name, decoders={"image": tfds.decode.SkipDecoding()}
       )
-      counts_A = np.array([len(row["captions"]) for row in records], np.int32)
-      np.save(directory / counts_name(name), counts_A)
-  return directory
+      counts, digest = [], hashlib.sha256()
+      for row in records:
+        counts.append(len(row["captions"]))
+        digest.update(_describe(row).encode())
+      np.save(directory / counts_name(name), np.array(counts, np.int32))
+      hashes[name] = digest.hexdigest()
+  return directory, hashes
+
+
+def _describe(row: Mapping[str, Any]) -> str:
+  """A stored record as a line of text.
+
+  Without its image_id, which depends on the order of the input: that images
+  are equal their hashes say as well.
+  """
+  image = hashlib.sha256(row["image"]).hexdigest()
+  captions = [text_of(caption) for caption in row["captions"]]
+  return json.dumps([text_of(row["id"]), image, *captions]) + "\n"
+
+
+def text_of(value: Any) -> str:
+  """A stored text field as str."""
+  return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _count(directory: pathlib.Path) -> dict[str, int]:

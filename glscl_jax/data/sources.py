@@ -78,9 +78,9 @@ class Source:
         f"({error}); make the directory again with launch/prepare.py"
       ) from error
     return Example(
-      id=_text(record["id"]),
+      id=pairs.text_of(record["id"]),
       image=record["image"],
-      captions=tuple(_text(caption) for caption in record["captions"]),
+      captions=tuple(pairs.text_of(caption) for caption in record["captions"]),
       image_id=int(record["image_id"]),
     )
 
@@ -124,10 +124,6 @@ class Source:
         split=self._split, decoders={"image": tfds.decode.SkipDecoding()}
       )
     return self._records
-
-
-def _text(value: Any) -> str:
-  return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def open_source(data_dir: str | os.PathLike[str], split: str) -> Source:

@@ -129,6 +129,8 @@ def test_a_second_preparation_holds_the_same_records(tiny, emoji_dir, tmp_path):
   first = pairs.read_manifest(emoji_dir)
   assert manifest["content_sha256"] == first["content_sha256"]
   assert manifest["tokenizer"] == first["tokenizer"]
+  for split in first["splits"]:
+    assert pairs.hash_split(manifest, split) == pairs.hash_split(first, split)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])

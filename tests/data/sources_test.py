@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pickle
@@ -259,3 +260,38 @@ def test_the_content_hash_ignores_the_order_and_sees_every_field(tmp_path):
   first, second = _record("train", 0), _record("train", 1)
   assert content(first, second) == content(second, first)
   assert content(first, second) != content(first)
+
+
+def test_the_hash_of_a_split_does_not_depend_on_bytes_or_input_order(tmp_path):
+  def make(*records, other=False):
+    splits = {"train": lambda: iter(records)}
+    if other:  # first: so that images of train get other numbers
+      splits = {"test": lambda: iter([_record("test", 5)])} | splits
+    manifest = pairs.write(
+      tmp_path / "split",
+      splits=splits,
+      source={},
+      finish=lambda directory, manifest: None,
+    )
+    for entry in manifest["files"].values():
+      entry["sha256"] = "of another serialisation"
+    return pairs.hash_split(manifest, "train")
+
+  first, second = _record("train", 0), _record("train", 1)
+  whole = make(first, second)
+  assert make(second, first) == whole
+  assert make(first, second, other=True) == whole
+  assert make(first) != whole
+  for changed in (
+    {"id": "renamed"},
+    {"image": second.image},
+    {"captions": ("another",)},
+  ):
+    assert make(dataclasses.replace(first, **changed), second) != whole
+
+
+def test_a_directory_without_split_hashes_is_known_by_its_files(own_dir):
+  manifest = pairs.read_manifest(own_dir)
+  stored = pairs.hash_split(manifest, "train")
+  del manifest["split_sha256"]
+  assert pairs.hash_split(manifest, "train") != stored
