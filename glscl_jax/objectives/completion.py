@@ -51,7 +51,11 @@ def local_completion(
 
   Masked positions of the `group` consecutive samples are flattened: other
   positions of the same sample are negatives. 0 when nothing is masked.
+  same_image "positive" means "ignore" here: another sample of the same image
+  hides other words or patches, so its tokens are no targets of these.
   """
+  if same_image == "positive":
+    same_image = "ignore"
   batch, items, width = masked_BJD.shape
   samples_B = jnp.arange(batch, dtype=jnp.int32)
   image_id_B = samples_B if image_id_B is None else image_id_B

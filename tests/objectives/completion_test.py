@@ -100,10 +100,11 @@ def test_local_completion_averages_groups():
   np.testing.assert_allclose(found, np.mean(parts), rtol=1e-5)
 
 
-def test_tokens_of_one_sample_stay_negatives_but_not_those_of_its_twin():
+@pytest.mark.parametrize("same", ["ignore", "positive"])
+def test_tokens_of_one_sample_stay_negatives_but_not_those_of_its_twin(same):
   masked, complete = tokens()
   ids = np.array([5, 5, 6, 7], np.int32)
-  found = local(masked, complete, image_id_B=ids, same_image="ignore")
+  found = local(masked, complete, image_id_B=ids, same_image=same)
   image, sample = np.repeat(ids, J), np.repeat(np.arange(B), J)
   allowed = (image[:, None] != image[None]) | (sample[:, None] == sample[None])
   wanted = slow_nce(masked.reshape(-1, D), complete.reshape(-1, D), allowed)
