@@ -470,10 +470,6 @@ def _score_pairs(
   tell: OnProgress,
 ) -> tuple[np.ndarray, float | None]:
   """ITM logit differences of all pairs, float32, and pairs a second."""
-  if encodings.image_tokens is None:
-    raise RetrievalError(
-      "re-ranking needs encodings made with keep_tokens=True"
-    )
   image, caption = np.divmod(pairs, len(encodings.retrieval_set.captions))
   # The last batch is filled with pair 0 and cut again.
   fill = -len(pairs) % batch_size
