@@ -21,10 +21,12 @@ from typing import Any, Literal
 
 import ml_collections
 
+from glscl_jax import errors
+
 HEAD_WIDTH = 64  # every tower: heads = width / 64
 
 
-class ConfigError(ValueError):
+class ConfigError(errors.UserError):
   """A configuration that cannot run; the message names the path."""
 
 
@@ -379,7 +381,7 @@ class TrainConfig:
       self, "seed", "eval_every", "keep_best", "profile_steps"
     )
     _check(
-      not any("test" in name for name in self.eval_splits),
+      not any("test" in name.split("_") for name in self.eval_splits),
       "eval_splits",
       "a test split must not pick a checkpoint",
     )
@@ -412,6 +414,11 @@ class Config:
         f"objectives.{name}",
         f"{group} does not divide data.batch_size {batch}",
       )
+    _check(
+      self.data.train_split not in self.train.eval_splits,
+      "train.eval_splits",
+      f"data.train_split {self.data.train_split!r} must not pick a checkpoint",
+    )
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:

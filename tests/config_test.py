@@ -292,9 +292,15 @@ def test_a_batch_smaller_than_a_group_is_one_group():
   assert read("data.batch_size", 8).data.batch_size == 8
 
 
-def test_a_test_split_must_not_pick_the_checkpoint():
-  message = error_of("train.eval_splits", ("validation", "test_seen"))
+@pytest.mark.parametrize("name", ["test", "test_seen", "seen_test", "train"])
+def test_a_test_or_training_split_must_not_pick_the_checkpoint(name):
+  message = error_of("train.eval_splits", ("validation", name))
   assert message.startswith("config.train.eval_splits: ")
+
+
+def test_other_words_that_hold_the_letters_of_test_may_pick_it():
+  names = ("latest", "contest_val")
+  assert read("train.eval_splits", names).train.eval_splits == names
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (-2, 1, 1), (-1, -1, 1)])
