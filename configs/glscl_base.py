@@ -13,6 +13,10 @@ STEPS = {"ablation": 15_000, "main": 100_000}  # code: SCL@cd0d819
 
 def get_config(recipe: str = "main"):
   """The defaults of glscl_jax/config.py are this system's paper values."""
+  if recipe not in STEPS:
+    raise ValueError(
+      f"glscl_base.py:{recipe}: the recipes are ablation and main"
+    )
   config = config_lib.to_config_dict(config_lib.Config())
   config.train.num_steps = STEPS[recipe]
   return config

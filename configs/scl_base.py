@@ -10,6 +10,8 @@ STEPS = {"ablation": 15_000, "main": 100_000}  # code: SCL@cd0d819
 
 def get_config(recipe: str = "main"):
   """The defaults, with MLTC and its pass switched off."""
+  if recipe not in STEPS:
+    raise ValueError(f"scl_base.py:{recipe}: the recipes are ablation and main")
   config = config_lib.to_config_dict(config_lib.Config())
   config.objectives.mltc_image = 0.0
   config.objectives.mltc_text = 0.0

@@ -3,8 +3,10 @@
 from glscl_jax import config as config_lib
 
 
-def get_config():
+def get_config(argument: str = ""):
   """64 px, width 128, two layers everywhere, 15.2 M parameters at V=50265."""
+  if argument:
+    raise ValueError(f"tiny.py:{argument}: this recipe takes no argument")
   config = config_lib.to_config_dict(config_lib.Config())
   config.model.vision.image_size = 64
   config.model.text.max_length = 12

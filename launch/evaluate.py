@@ -20,12 +20,12 @@ from typing import Any
 import jax
 from absl import flags
 
+from glscl_jax import command_line, errors, sharding
 from glscl_jax import config as config_lib
-from glscl_jax import sharding
 from glscl_jax.data import pairs, retrieval_set, sources, tokenizer
 from glscl_jax.export import weights as weights_lib
-from glscl_jax.tasks import ranking, results, retrieval
-from glscl_jax.train import checkpoint, metrics
+from glscl_jax.tasks import results, retrieval
+from glscl_jax.train import metrics
 
 # {seen, unseen studio} x {seen, unseen concept} of the emoji data.
 EMOJI_CELLS = (
@@ -33,19 +33,6 @@ EMOJI_CELLS = (
   "test_seen_studio_unseen_concept",
   "test_unseen_studio_seen_concept",
   "test_unseen_studio_unseen_concept",
-)
-
-_ERRORS = (
-  flags.Error,
-  weights_lib.WeightsError,
-  checkpoint.CheckpointError,
-  pairs.DataError,
-  retrieval_set.RetrievalSetError,
-  retrieval.RetrievalError,
-  ranking.RankingError,
-  results.ResultError,
-  tokenizer.TokenizerError,
-  config_lib.ConfigError,
 )
 
 
@@ -128,15 +115,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     lower_bound=1,
     flag_values=values,
   )
-  if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
-    print(f"{__doc__}\n{values.main_module_help()}")
-    raise SystemExit(0)
-  rest = values(list(argv))[1:]
-  if rest:
-    raise flags.Error(f"argument {rest[0]!r} is no flag")
-  if not values.workdir:
-    raise flags.Error("--workdir is missing; see --help")
-  return values
+  return command_line.parse(values, argv, doc=__doc__, required=["workdir"])
 
 
 class Progress:
@@ -299,36 +278,34 @@ def evaluate(
 
 def main(argv: Sequence[str]) -> int:
   """Runs the command line `argv` and returns the exit code."""
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # libraries read some of their flags
-  try:
-    values = parse(argv)
-    protocols = [
-      retrieval.Protocol(
-        rerank=rerank,
-        rerank_k=values.rerank_k,
-        itc_weight=values.itc_weight,
-        captions=values.captions,
-      )
-      for rerank in values.rerank
-    ]
-    workdir = pathlib.Path(values.workdir)
-    model = weights_lib.open_weights(workdir, step=values.step)
-    print(f"{workdir}: step {model.step}", flush=True)
-    data_dir = values.data or model.config.data.dir
-    output = pathlib.Path(values.output or workdir / "eval" / values.task)
-    evaluate(
-      model,
-      data_dir=data_dir,
-      splits=choose_splits(data_dir, values.splits),
-      protocols=protocols,
-      output=output,
-      batch_size=values.batch_size,
-      pair_batch_size=values.pair_batch_size,
+  return command_line.run(lambda: _run(parse(argv)))
+
+
+def _run(values: flags.FlagValues) -> int:
+  protocols = [
+    retrieval.Protocol(
+      rerank=rerank,
+      rerank_k=values.rerank_k,
+      itc_weight=values.itc_weight,
+      captions=values.captions,
     )
-  except _ERRORS as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+    for rerank in values.rerank
+  ]
+  workdir = pathlib.Path(values.workdir)
+  output = pathlib.Path(values.output or workdir / "eval" / values.task)
+  errors.check_writable(output, option=f"--output={output}")
+  model = weights_lib.open_weights(workdir, step=values.step)
+  print(f"{workdir}: step {model.step}", flush=True)
+  data_dir = values.data or model.config.data.dir
+  evaluate(
+    model,
+    data_dir=data_dir,
+    splits=choose_splits(data_dir, values.splits),
+    protocols=protocols,
+    output=output,
+    batch_size=values.batch_size,
+    pair_batch_size=values.pair_batch_size,
+  )
   print(f"wrote {output / results.METRICS}")
   return 0
 

@@ -19,11 +19,9 @@ from typing import Any
 
 from absl import flags
 
-from glscl_jax import config as config_lib
-from glscl_jax.data import pairs, tokenizer
+from glscl_jax import command_line, errors
 from glscl_jax.export import weights as weights_lib
 from glscl_jax.tasks import results
-from glscl_jax.train import checkpoint
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
@@ -52,16 +50,9 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     "validated, else latest.",
     flag_values=values,
   )
-  if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
-    print(f"{__doc__}\n{values.main_module_help()}")
-    raise SystemExit(0)
-  rest = values(list(argv))[1:]
-  if rest:
-    raise flags.Error(f"argument {rest[0]!r} is no flag")
-  for name in ("workdir", "output"):
-    if not values[name].value:
-      raise flags.Error(f"--{name} is missing; see --help")
-  return values
+  return command_line.parse(
+    values, argv, doc=__doc__, required=["workdir", "output"]
+  )
 
 
 def measured(workdir: pathlib.Path, step: int) -> dict[str, Any]:
@@ -98,26 +89,14 @@ def export(
 
 def main(argv: Sequence[str]) -> int:
   """Runs the command line `argv` and returns the exit code."""
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # libraries read some of their flags
-  try:
-    values = parse(argv)
-    manifest = export(
-      pathlib.Path(values.workdir),
-      pathlib.Path(values.output),
-      step=values.step,
-    )
-  except (
-    flags.Error,
-    weights_lib.WeightsError,
-    checkpoint.CheckpointError,
-    results.ResultError,
-    pairs.DataError,
-    tokenizer.TokenizerError,
-    config_lib.ConfigError,
-  ) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  return command_line.run(lambda: _run(parse(argv)))
+
+
+def _run(values: flags.FlagValues) -> int:
+  errors.check_replaceable(values.output, option=f"--output={values.output}")
+  manifest = export(
+    pathlib.Path(values.workdir), pathlib.Path(values.output), step=values.step
+  )
   size = sum(entry["size"] for entry in manifest["files"].values())
   print(
     f"{values.output}: step {manifest['step']}, "

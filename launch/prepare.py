@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import app, flags
 
-from glscl_jax.data import emoji, pairs, prepare, tokenizer
+from glscl_jax import command_line
+from glscl_jax.data import pairs, prepare
 
 _SOURCE = flags.DEFINE_enum(
   "source", "emoji", ["emoji", "jsonl"], "What to make the pairs from."
@@ -93,32 +94,30 @@ def _prepare() -> dict[str, Any]:
   )
 
 
+def _run() -> int:
+  try:
+    manifest = _prepare()
+  except KeyboardInterrupt:
+    print("stopped; the same command begins again", file=sys.stderr)
+    return 130
+  print(prepare.describe(_OUTPUT.value, manifest))
+  return 0
+
+
 def main(argv: list[str]) -> None:
   """Makes the directory and prints what is in it."""
   del argv
-  try:
-    manifest = _prepare()
-  except (emoji.FetchError, pairs.DataError, tokenizer.TokenizerError) as error:
-    _fail(error)
-  except KeyboardInterrupt:
-    print("stopped; the same command begins again", file=sys.stderr)
-    sys.exit(130)
-  print(prepare.describe(_OUTPUT.value, manifest))
+  sys.exit(command_line.run(_run))
 
 
 def _parse(argv: list[str]) -> list[str]:
-  try:
-    rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      raise flags.Error(f"argument {rest[1]!r} is no flag")
-  except flags.Error as error:
-    _fail(error)
-  return rest
+  def check() -> int:
+    command_line.check_rest(flags.FLAGS(argv))
+    return 0
 
-
-def _fail(error: Exception) -> NoReturn:
-  print(f"error: {error}", file=sys.stderr)
-  sys.exit(2)
+  if code := command_line.run(check):
+    sys.exit(code)
+  return argv[:1]
 
 
 if __name__ == "__main__":

@@ -16,11 +16,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from glscl_jax import config as config_lib
-from glscl_jax.data import pairs, tokenizer
+from glscl_jax import command_line, errors
 from glscl_jax.export import report
 from glscl_jax.export import weights as weights_lib
-from glscl_jax.tasks import results
 from glscl_jax.train import checkpoint
 
 
@@ -68,48 +66,31 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flag_values=values,
   )
   flags.DEFINE_integer("seed", 0, "Chooses the examples.", flag_values=values)
-  if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
-    print(f"{__doc__}\n{values.main_module_help()}")
-    raise SystemExit(0)
-  rest = values(list(argv))[1:]
-  if rest:
-    raise flags.Error(f"argument {rest[0]!r} is no flag")
-  if not values.workdir:
-    raise flags.Error("--workdir is missing; see --help")
-  return values
+  return command_line.parse(values, argv, doc=__doc__, required=["workdir"])
 
 
 def main(argv: Sequence[str]) -> int:
   """Runs the command line `argv` and returns the exit code."""
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # libraries read some of their flags
-  try:
-    values = parse(argv)
-    workdir = pathlib.Path(values.workdir)
-    model = weights_lib.open_weights(workdir, step=values.step)
-    page = report.make_report(
-      workdir,
-      model,
-      data_dir=values.data or model.config.data.dir,
-      options=report.Options(
-        num_queries=values.num_examples,
-        num_maps=values.num_examples,
-        splits=tuple(values.splits),
-        seed=values.seed,
-      ),
-    )
-  except (
-    flags.Error,
-    weights_lib.WeightsError,
-    checkpoint.CheckpointError,
-    results.ResultError,
-    pairs.DataError,
-    tokenizer.TokenizerError,
-    config_lib.ConfigError,
-  ) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  return command_line.run(lambda: _run(parse(argv)))
+
+
+def _run(values: flags.FlagValues) -> int:
+  workdir = pathlib.Path(values.workdir)
   output = pathlib.Path(values.output or workdir / "report.html")
+  errors.check_file(output, option=f"--output={output}")
+  errors.check_writable(workdir / "plots", option=f"--workdir={workdir}")
+  model = weights_lib.open_weights(workdir, step=values.step)
+  page = report.make_report(
+    workdir,
+    model,
+    data_dir=values.data or model.config.data.dir,
+    options=report.Options(
+      num_queries=values.num_examples,
+      num_maps=values.num_examples,
+      splits=tuple(values.splits),
+      seed=values.seed,
+    ),
+  )
   output.parent.mkdir(parents=True, exist_ok=True)
   checkpoint.write_atomically(output, page)
   print(f"wrote {output} ({len(page) / 2**20:.1f} MiB)")

@@ -18,57 +18,45 @@ import sys
 import typing
 from collections.abc import Iterator, Sequence
 
+from glscl_jax import huge_pages
+
+if __name__ == "__main__":
+  huge_pages.use()  # starts anew, so before all that takes long to import
+
 # Before jax is imported: its C++ log is for its developers.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import flags
 from ml_collections import config_flags
 
+from glscl_jax import command_line
 from glscl_jax import config as config_lib
-from glscl_jax.data import pairs, pipeline, retrieval_set
-from glscl_jax.data import tokenizer as tokenizer_lib
 from glscl_jax.export import weights
-from glscl_jax.tasks import ranking, retrieval
-from glscl_jax.train import checkpoint, dry_run, loop
-
-USER_ERRORS = (
-  checkpoint.CheckpointError,
-  config_lib.ConfigError,
-  loop.TrainError,
-  pairs.DataError,
-  pipeline.BadDataError,
-  ranking.RankingError,
-  retrieval.RetrievalError,
-  retrieval_set.RetrievalSetError,
-  tokenizer_lib.TokenizerError,
-  weights.WeightsError,
-)
+from glscl_jax.tasks import retrieval
+from glscl_jax.train import dry_run, loop
 
 
 def main(argv: Sequence[str]) -> int:
   """Runs the command line `argv` and returns the exit code."""
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # grain reads one of its flags
-  try:
-    parsed = parse(argv)
-    config = config_lib.from_config_dict(parsed.config)
-    if parsed.dry_run:
-      dry_run.dry_run(
-        config,
-        parsed.workdir,
-        compile_step=parsed.compile,
-        read_params=weights.read_params,
-      )
-      return 0
-    summary = loop.train(
+  return command_line.run(lambda: _run(parse(argv)))
+
+
+def _run(values: flags.FlagValues) -> int:
+  config = config_lib.from_config_dict(values.config)
+  if values.dry_run:
+    dry_run.dry_run(
       config,
-      parsed.workdir,
-      evaluate=retrieval.evaluate,
+      values.workdir,
+      compile_step=values.compile,
       read_params=weights.read_params,
     )
-  except USER_ERRORS as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+    return 0
+  summary = loop.train(
+    config,
+    values.workdir,
+    evaluate=retrieval.evaluate,
+    read_params=weights.read_params,
+  )
   return 0 if summary.stopped_by is None else 128 + summary.stopped_by
 
 
@@ -76,7 +64,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   """Reads the command line.
 
   Raises:
-    ConfigError: anything that is wrong with it.
+    absl.flags.Error, ConfigError: anything that is wrong with it.
   """
   argv = list(argv)
   values = flags.FlagValues()
@@ -95,24 +83,29 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   flags.DEFINE_bool(
     "compile", False, "With --dry_run: compile too.", flag_values=values
   )
-  if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
+  if command_line.wants_help(argv):
     print(__doc__)
     raise SystemExit(0)
   check_keys(argv[1:])
   try:
-    rest = values(argv)[1:]
+    command_line.check_rest(values(argv))
     config = values.config
     if config is not None:
       config.keys()  # a recipe that could not be read raises only here
-  except flags.Error as error:
-    raise config_lib.ConfigError(str(error)) from None
+  except flags.IllegalFlagValueError as error:
+    # A recipe that raises comes with its whole traceback.
+    lines = str(error).strip().splitlines()
+    if "Traceback" not in str(error):
+      raise
+    reason = lines[-1].removeprefix("ValueError: ")
+    raise config_lib.ConfigError(
+      f"{lines[0].split(': ')[0]}: {reason}"
+    ) from None
   except OSError as error:
     reason = str(error.__cause__ or error).strip().splitlines()[-1].strip()
     raise config_lib.ConfigError(
       f"--config={values['config'].config_filename}: {reason}"
     ) from None
-  if rest:
-    raise config_lib.ConfigError(f"argument {rest[0]!r} is no flag")
   for name, value in (("config", config), ("workdir", values.workdir)):
     if not value:
       raise config_lib.ConfigError(f"--{name} is missing; see --help")
@@ -146,23 +139,5 @@ def _keys(cls: type, path: str) -> Iterator[str]:
       yield from _keys(hints[item.name], name)
 
 
-def use_huge_pages() -> None:
-  """Starts this process again with huge pages, where that makes it faster.
-
-  XLA maps its temporary buffers anew in each step, and a fifth of a step on
-  CPU goes into page faults, which huge pages spare (measured 2026-11). glibc
-  reads its tunables only when a process starts.
-  """
-  accelerators = ("/dev/nvidia0", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
-  if (
-    sys.platform == "linux"
-    and "GLIBC_TUNABLES" not in os.environ
-    and not any(map(os.path.exists, accelerators))
-  ):
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, sys.orig_argv)
-
-
 if __name__ == "__main__":
-  use_huge_pages()
   sys.exit(main(sys.argv))

@@ -19,6 +19,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from glscl_jax import errors
 from glscl_jax.data import pairs, progress
 
 
@@ -143,7 +144,7 @@ class Drawing:
     return f"{self.studio}/{self.concept.slug}"
 
 
-class FetchError(RuntimeError):
+class FetchError(errors.UserError):
   """A package that cannot be had, or is not the pinned one."""
 
 
@@ -180,7 +181,10 @@ def fetch(
 
   Raises:
     FetchError: no npm, a failed download, or a tarball of another hash.
+    UserError: `cache` lacks a tarball and cannot be written.
   """
+  if not all((cache / package.file_name).exists() for package in packages):
+    errors.check_writable(cache, option=f"--input={cache}")
   cache.mkdir(parents=True, exist_ok=True)
   for package in progress.bar(packages, name="fetch", total=len(packages)):
     path = cache / package.file_name

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from glscl_jax import errors
+
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the directory; another number is another layout
 _DATASET = "pairs"
@@ -36,7 +38,7 @@ class Record:
   captions: tuple[str, ...]
 
 
-class DataError(ValueError):
+class DataError(errors.UserError):
   """Data that cannot be used; the message names the file or record."""
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from glscl_jax import config as config_lib
-from glscl_jax import types
+from glscl_jax import errors, types
 from glscl_jax.data import masking, sources, transforms
 from glscl_jax.data import tokenizer as tokenizer_lib
 
@@ -39,7 +39,7 @@ REASONS = {NO_TEXT: "empty caption", NO_IMAGE: "unreadable image"}
 _BAD_PAIR, _BAD_REASON, _TRUNCATED = "bad_pair", "bad_reason", "truncated"
 
 
-class BadDataError(RuntimeError):
+class BadDataError(errors.UserError):
   """Too many records cannot be used; the message lists the first ones."""
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from absl import logging
 
+from glscl_jax import errors
 from glscl_jax.data import emoji, ingest, pairs, render, sources, tokenizer
 
 _PRINTED = 20  # rejected lines; the manifest lists all
@@ -196,11 +197,16 @@ def prepare_jsonl(
 def _whole(
   output: str | pathlib.Path, source: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-  """The manifest of a directory that needs no work."""
+  """The manifest of a directory that needs no work.
+
+  Raises:
+    UserError: the directory has to be made, and cannot be.
+  """
   damage = pairs.find_damage(output, source=source)
   if not damage:
     logging.info("%s is whole: nothing to do", output)
     return pairs.read_manifest(output)
+  errors.check_replaceable(output, option=f"--output={output}")
   if pathlib.Path(output).exists():
     logging.info("making %s again: %s", output, damage)
   return None

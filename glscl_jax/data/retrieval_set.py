@@ -17,12 +17,13 @@ from typing import Literal
 
 import numpy as np
 
+from glscl_jax import errors
 from glscl_jax.data import sources, transforms
 
 CaptionChoice = Literal["first", "all"]
 
 
-class RetrievalSetError(ValueError):
+class RetrievalSetError(errors.UserError):
   """A split that cannot be evaluated; the message names it."""
 
 

@@ -18,13 +18,14 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from glscl_jax import errors
 from glscl_jax.config import Config, ConfigError
 
 MASK = "<mask>"
 _WORD_START = "\u2581"  # sentencepiece's mark of a space
 
 
-class TokenizerError(ValueError):
+class TokenizerError(errors.UserError):
   """A tokenizer file that cannot be used."""
 
 

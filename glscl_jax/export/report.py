@@ -90,7 +90,7 @@ def make_report(
   predictions = results.read(
     workdir / "eval" / "retrieval" / results.PREDICTIONS
   )
-  charts = pathlib.Path(workdir) / "plots"
+  charts = workdir / "plots"
   charts.mkdir(parents=True, exist_ok=True)
   shown = (
     predictions["results"][data.name]
@@ -205,7 +205,7 @@ def _facts(workdir: pathlib.Path, weights: Weights, data_dir: str) -> str:
     "Parameters": f"{count:,}",
     "Image encoder": f"depth {model.vision.depth}, width "
     f"{model.vision.width}, {model.vision.image_size} px, patches of "
-    f"{model.vision.patch_size} px",
+    f"{model.vision.patch_size} px{_describe_stem(model.vision)}",
     "Text encoder": f"depth {model.text.depth}, width {model.text.width}, "
     f"{model.text.vocab_size:,} pieces, at most {model.text.max_length} tokens",
     "Fusion": f"co-attention, depth {model.fusion.depth} a stream",
@@ -225,6 +225,14 @@ def _facts(workdir: pathlib.Path, weights: Weights, data_dir: str) -> str:
     if value
   )
   return f'<section><h2>Run</h2><table class="facts">{rows}</table></section>'
+
+
+def _describe_stem(vision: config_lib.VisionConfig) -> str:
+  if not vision.stem:
+    return ""
+  widths = ", ".join(map(str, vision.stem))
+  blocks = ", ".join(map(str, vision.stem_blocks))
+  return f", convolution stem of widths {widths} with {blocks} residual blocks"
 
 
 def _describe_data(data_dir: str, config: config_lib.Config) -> str:
@@ -478,6 +486,11 @@ def _attention(
 ) -> str:
   """Attention maps of each word of some held-out captions."""
   there = sources.splits(data_dir)
+  if not _attends(weights):
+    return _absent(
+      "Where each word looks",
+      "no objective of this run uses the fusion of text with image.",
+    )
   held_out = [split for split in _in_order(there) if split != "train"]
   split = splits[0] if splits else (held_out or list(there))[-1]
   found = attention.attend(
@@ -499,6 +512,13 @@ def _attention(
     "full red is the largest value of the drawing, at least "
     f"{FULL_RED:g}x.</p>"
     f'<div class="maps">{rows}</div></section>'
+  )
+
+
+def _attends(weights: Weights) -> bool:
+  """Whether the last fusion layer has parameters of its text stream."""
+  return any(
+    name.startswith("fusion.last.text.") for name in flatten(weights.params)
   )
 
 

@@ -29,6 +29,7 @@ import safetensors
 import safetensors.numpy
 
 from glscl_jax import config as config_lib
+from glscl_jax import errors
 from glscl_jax.data import pairs, sources
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.systems import glscl
@@ -42,7 +43,7 @@ FORMAT = "glscl_jax-safetensors"
 FORMAT_VERSION = 1
 
 
-class WeightsError(ValueError):
+class WeightsError(errors.UserError):
   """Weights that cannot be opened or written; the message names the file."""
 
 

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from glscl_jax import errors
 from glscl_jax.types import Params
 
 
-class WeightsError(ValueError):
+class WeightsError(errors.UserError):
   """Arrays that do not fit the model; the message lists the names."""
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from glscl_jax import errors
+
 CUTOFFS = (1, 5, 10)
 _CHUNK = 1 << 24  # scores compared at a time; bounds the memory
 
 
-class RankingError(ValueError):
+class RankingError(errors.UserError):
   """Scores or relevance that no rank can be computed from."""
 
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from glscl_jax import config as config_lib
+from glscl_jax import errors
 from glscl_jax.data import pairs
 
 METRICS = "metrics.json"
@@ -36,7 +37,7 @@ LINEAGE_KEYS = (
 )
 
 
-class ResultError(ValueError):
+class ResultError(errors.UserError):
   """A result that must not be written, or a file that cannot be read."""
 
 

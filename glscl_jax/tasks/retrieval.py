@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glscl_jax import config as config_lib
-from glscl_jax import sharding
+from glscl_jax import errors, sharding
 from glscl_jax.data import retrieval_set as retrieval_sets
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.systems import glscl
@@ -45,7 +45,7 @@ SHOWN = 10  # best candidates kept for predictions
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
 
-class RetrievalError(ValueError):
+class RetrievalError(errors.UserError):
   """A measurement that cannot be made; the message says why."""
 
 

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from glscl_jax import config as config_lib
+from glscl_jax import errors
 from glscl_jax import sharding as sharding_lib
 from glscl_jax.train import state as state_lib
 
@@ -59,7 +60,7 @@ FREE_KEYS = (
 _TRASH = "deleted"  # orbax renames a step into it: never half a step in sight
 
 
-class CheckpointError(ValueError):
+class CheckpointError(errors.UserError):
   """A work dir or checkpoint that does not fit; the message says why."""
 
 
@@ -276,15 +277,10 @@ def check_writable(workdir: str | os.PathLike[str]) -> None:
   """Checks, touching no file, that a run could write into a work dir.
 
   Raises:
-    CheckpointError: naming what stands in the way.
+    UserError: naming what stands in the way.
   """
-  checkpoints = pathlib.Path(workdir).absolute() / "checkpoints"
-  for place in (checkpoints.parent, checkpoints):
-    there = next(p for p in (place, *place.parents) if os.path.lexists(p))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-      raise CheckpointError(
-        f"--workdir={workdir}: {there} is not a folder that can be written"
-      )
+  for folder in (workdir, pathlib.Path(workdir) / "checkpoints"):
+    errors.check_writable(folder, option=f"--workdir={workdir}")
 
 
 def restore(

@@ -33,7 +33,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from glscl_jax import config as config_lib
-from glscl_jax import sharding
+from glscl_jax import errors, sharding
 from glscl_jax.data import pairs, pipeline, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
 from glscl_jax.systems import flops
@@ -48,7 +48,7 @@ RECALLS = (1, 5, 10)
 PROFILE_AFTER = 10  # steps of this process before the trace starts
 
 
-class TrainError(RuntimeError):
+class TrainError(errors.UserError):
   """Training cannot go on; the message says what to change."""
 
 
@@ -221,8 +221,8 @@ def train(
     stream: for people; standard output when None.
 
   Raises:
-    ConfigError, CheckpointError, DataError, TokenizerError: a start that
-      cannot work. TrainError, BadDataError: a run that cannot go on.
+    UserError: a start that cannot work, or (TrainError, BadDataError) a run
+      that cannot go on.
   """
   workdir = pathlib.Path(workdir).absolute()
   if config.train.eval_every and evaluate is None:

@@ -13,6 +13,7 @@ import sys
 import pytest
 from PIL import Image
 
+from glscl_jax import errors
 from glscl_jax.data import emoji, pairs, prepare, sources, tokenizer
 from tests.data import tiny_emoji
 
@@ -321,6 +322,23 @@ def test_a_tokenizer_cannot_be_trained_without_a_training_split(
       split="test",
       vocabulary=prepare.Vocabulary(train=True),
     )
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_an_output_that_cannot_be_written_is_named(jsonl, tmp_path, place):
+  (tmp_path / "file").touch()
+  with pytest.raises(errors.UserError) as caught:
+    prepare.prepare_jsonl(tmp_path / place, path=jsonl(GOOD))
+  assert str(caught.value) == (
+    f"--output={tmp_path / place}: {tmp_path / 'file'} is not a folder that "
+    "can be written"
+  )
+
+
+def test_a_folder_of_packages_that_cannot_be_written_is_named(tiny, tmp_path):
+  (tmp_path / "file").touch()
+  with pytest.raises(errors.UserError, match="--input=.*file is not a folder"):
+    _prepare(tiny, tmp_path / "data", cache=tmp_path / "file" / "npm")
 
 
 def test_a_tokenizer_is_copied_or_trained_but_not_both(emoji_dir):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import re
 import shutil
 
@@ -12,6 +13,8 @@ import pytest
 
 from glscl_jax.data import pairs, prepare, sources
 from glscl_jax.data import tokenizer as tokenizers
+
+RECIPES = pathlib.Path(__file__).parents[2] / "configs"
 
 
 def make_pairs_data(folder, records):
@@ -95,6 +98,37 @@ def test_a_recipe_that_is_not_there_is_named(project, tmp_path):
   recipe = type(project)(project.data, tmp_path / "nope.py")
   result = recipe.run(tmp_path)
   assert result.code == 2 and "nope.py" in result.err
+
+
+@pytest.mark.parametrize(
+  ("recipe", "message"),
+  [
+    ("glscl_base.py:abblation", "the recipes are ablation and main"),
+    ("scl_base.py:x", "the recipes are ablation and main"),
+    ("quickstart.py:x", "the stages are towers and glscl"),
+    ("tiny.py:x", "this recipe takes no argument"),
+  ],
+)
+def test_a_wrong_argument_of_a_recipe_ends_with_one_line(
+  project, tmp_path, recipe, message
+):
+  path = RECIPES / recipe
+  result = type(project)(project.data, path).run(tmp_path / "work")
+  assert result.code == 2
+  assert result.err == f"error: flag --config={path}: {recipe}: {message}\n"
+
+
+def test_an_argument_that_a_recipe_does_not_take_ends_with_one_line(
+  project, tmp_path
+):
+  path = tmp_path / "recipe.py"
+  path.write_text("def get_config():\n  return {}\n")
+  result = type(project)(project.data, f"{path}:x").run(tmp_path / "work")
+  assert result.code == 2
+  assert result.err == (
+    f"error: flag --config={path}:x: TypeError: get_config() takes 0 "
+    "positional arguments but 1 was given\n"
+  )
 
 
 def test_an_unknown_key_in_a_recipe_is_named(project, tmp_path):

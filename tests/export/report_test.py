@@ -10,6 +10,7 @@ import re
 
 import pytest
 
+from glscl_jax import config as config_lib
 from glscl_jax.data import sources
 from glscl_jax.export import report
 from glscl_jax.export import weights as weights_lib
@@ -176,6 +177,32 @@ def test_what_was_not_measured_is_said_and_not_invented(work, tmp_path):
   assert "Not shown: There is no metrics.jsonl." in page
 
 
+def test_attention_that_a_run_does_not_have_is_left_out(work, tmp_path):
+  whole = weights_lib.load_export(work)
+  weights = dict.fromkeys(config_lib.OBJECTIVES, 0.0) | {"itc": 1.0}
+  config = dataclasses.replace(
+    whole.config, objectives=config_lib.ObjectiveConfig(**weights)
+  )
+  export = tmp_path / "contrastive"
+  weights_lib.save_export(
+    export,
+    dataclasses.replace(whole, config=config, params=tiny.params(config)),
+  )
+  found = run(report_launcher, f"--workdir={export}", "--num_examples=1")
+  assert found.code == 0, found.err
+  page = (export / "report.html").read_text()
+  assert "Where each word looks</h2><p>Not shown: no objective" in page
+
+
+def test_a_convolution_stem_is_described():
+  vision = config_lib.VisionConfig(stem=(64, 128), stem_blocks=(1, 0))
+  text = report._describe_stem(vision)
+  assert (
+    text == ", convolution stem of widths 64, 128 with 1, 0 residual blocks"
+  )
+  assert report._describe_stem(config_lib.VisionConfig()) == ""
+
+
 def test_a_caption_with_markup_is_text(work):
   query = {
     "query": "<b>&",
@@ -213,6 +240,22 @@ def test_export_of_an_export_carries_the_measured_metrics(work, tmp_path):
     (evaluate_launcher, ["--workdir={}", "--step=3"], "no step '3'"),
     (export_launcher, ["--workdir={}"], "--output is missing"),
     (report_launcher, ["--workdir=/nowhere"], "neither a work dir"),
+    (
+      evaluate_launcher,
+      ["--workdir={0}", "--output={0}/config.json/x"],
+      "config.json is not a folder that can be written",
+    ),
+    (
+      export_launcher,
+      ["--workdir={0}", "--output={0}/config.json"],
+      "config.json is not a folder that can be written",
+    ),
+    (report_launcher, ["--workdir={0}", "--output={0}"], "is a folder"),
+    (
+      report_launcher,
+      ["--workdir={0}", "--output={0}/config.json/x.html"],
+      "config.json is not a folder that can be written",
+    ),
   ],
 )
 def test_mistakes_end_with_one_line_and_code_2(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from glscl_jax import config as config_lib
+from glscl_jax import errors
 from glscl_jax.train import checkpoint, dry_run, loop
 from glscl_jax.train import state as state_lib
 from tests import random_pairs, tiny
@@ -67,7 +68,7 @@ def reasons(config, workdir):
     lambda: dry_run.dry_run(config, workdir, say=lambda text: None),
     lambda: loop.train(config, workdir, stream=io.StringIO()),
   ):
-    with pytest.raises(checkpoint.CheckpointError) as error:
+    with pytest.raises(errors.UserError) as error:
       run()
     found.append(str(error.value))
   return found
