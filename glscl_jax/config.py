@@ -386,6 +386,11 @@ class TrainConfig:
       "a test split must not pick a checkpoint",
     )
 
+  @property
+  def validation_splits(self) -> tuple[str, ...]:
+    """The splits whose recalls pick the best checkpoint; none if never."""
+    return self.eval_splits if self.eval_every else ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

@@ -209,9 +209,8 @@ def open_weights(
 
   Args:
     path: either.
-    step: of a work dir: "best" (by validation), "latest", a number, or
-      "auto": the best one if the run was validated, else the latest. An
-      export holds one step; only that number or "auto" fits.
+    step: of a work dir, as for `checkpoint.find_step`. An export holds one
+      step; only that number or "auto" fits.
 
   Raises:
     WeightsError: neither a work dir nor an export, or a tokenizer that is
@@ -231,7 +230,7 @@ def open_weights(
       f"{root} is neither a work dir of launch/train.py (no checkpoints/) nor "
       f"a directory made by launch/export.py (no {MANIFEST})"
     )
-  snapshot = checkpoint.restore_params(root, step=_choose_step(root, step))
+  snapshot = checkpoint.restore_params(root, step=step)
   tokenizer_path = sources.tokenizer_path(root)
   expected = snapshot.lineage["tokenizer_sha256"]
   found = tokenizers.load(tokenizer_path).sha256
@@ -260,12 +259,6 @@ def read_params(path: str) -> tuple[Params, dict[str, Any]]:
     weights = load_export(path)
     return weights.params, weights.lineage
   return loop.read_work_dir(path)
-
-
-def _choose_step(workdir: pathlib.Path, step: str | int) -> str | int:
-  if step != "auto":
-    return step
-  return "best" if checkpoint.has_best(workdir) else "latest"
 
 
 def params_sha256(params: Params) -> str:

@@ -35,7 +35,8 @@ BEST_METRIC = "eval/mean_r1"  # larger is better
 
 # Changing these does not change what is learnt, so a run may resume with
 # others. Contents of data.dir and data.tokenizer are compared by their hashes:
-# the files may have moved. train.init_from is read by new runs only.
+# the files may have moved. train.init_from is read by new runs only; the loop
+# keeps the one a run began with.
 FREE_KEYS = (
   "data.dir",
   "data.max_bad_share",
@@ -217,7 +218,7 @@ def check_same_run(
   steps = list_steps(workdir)
   if not steps:
     return
-  has_best(workdir)  # orbax will read all scores, and name no damaged one
+  _scores_of(workdir)  # orbax will read all, and name no damaged one
   stored = _read_json(_step_directory(workdir, steps[-1]) / "meta")
   here = f"work dir {pathlib.Path(workdir).absolute()} (step {steps[-1]})"
   changed = [
@@ -323,7 +324,12 @@ def list_steps(workdir: str | os.PathLike[str]) -> list[int]:
 
 
 def find_step(workdir: str | os.PathLike[str], step: str | int) -> int:
-  """Turns "latest", "best" or a number into the step of a whole checkpoint.
+  """The step of a whole checkpoint.
+
+  Args:
+    workdir: of a training run.
+    step: "latest", "best" (by validation), a number, or "auto": the best one
+      if the run was validated, else the latest.
 
   Raises:
     CheckpointError: there is no such checkpoint; the message lists those there.
@@ -333,8 +339,10 @@ def find_step(workdir: str | os.PathLike[str], step: str | int) -> int:
     raise CheckpointError(f"{workdir} holds no checkpoint")
   if step == "latest":
     return steps[-1]
-  if step == "best":
-    scores = _list_scores(pathlib.Path(workdir).absolute() / "checkpoints")
+  if step in ("best", "auto"):
+    scores = _scores_of(workdir)
+    if not scores and step == "auto":
+      return steps[-1]
     if not scores:
       raise CheckpointError(
         f"no checkpoint of {workdir} was validated (train.eval_every is 0?), "
@@ -350,15 +358,10 @@ def find_step(workdir: str | os.PathLike[str], step: str | int) -> int:
   return int(step)
 
 
-def has_best(workdir: str | os.PathLike[str]) -> bool:
-  """Whether a checkpoint there was validated, so that "best" means one."""
-  return bool(_list_scores(pathlib.Path(workdir).absolute() / "checkpoints"))
-
-
-def read_lineage(workdir: str | os.PathLike[str]) -> dict[str, Any]:
-  """The lineage stored with the latest checkpoint."""
+def read_meta(workdir: str | os.PathLike[str]) -> dict[str, Any]:
+  """What `make_meta` gave to the latest checkpoint."""
   directory = _step_directory(workdir, find_step(workdir, "latest"))
-  return _read_json(directory / "meta")["lineage"]
+  return _read_json(directory / "meta")
 
 
 def restore_params(
@@ -371,7 +374,7 @@ def restore_params(
 
   Args:
     workdir: of a training run.
-    step: "latest", "best" (by validation) or a number.
+    step: as for `find_step`.
     sharding: where every parameter goes; None: the first local device.
 
   Raises:
@@ -410,6 +413,7 @@ def restore_params(
         ),
       )
   scored = directory / "metrics"
+  scores = _scores_of(workdir)
   return Snapshot(
     config=config,
     params=state["params"],
@@ -420,6 +424,11 @@ def restore_params(
       "workdir": str(pathlib.Path(workdir).absolute()),
       "step": number,
       "tokenizer_sha256": meta["tokenizer_sha256"],
+      "eval_splits": list(config.train.validation_splits),
+      # By number as well: whoever names it may have looked it up.
+      "picked_as_best": (
+        step != "latest" and bool(scores) and number == _best(scores)
+      ),
     },
   )
 
@@ -450,6 +459,10 @@ def _score(metrics: Mapping[str, float]) -> float:
 def _best(scores: Mapping[int, float]) -> int:
   """The step of the highest score; of equals the later, as orbax keeps it."""
   return max(scores, key=lambda step: (scores[step], step))
+
+
+def _scores_of(workdir: str | os.PathLike[str]) -> dict[int, float]:
+  return _list_scores(pathlib.Path(workdir).absolute() / "checkpoints")
 
 
 def _list_scores(directory: pathlib.Path) -> dict[int, float]:

@@ -45,10 +45,13 @@ def dry_run(
   Raises:
     What `loop.train` raises before its first step.
   """
-  say(config_lib.to_json(config))
   inputs = loop.open_inputs(config)
   try:
+    config = loop.keep_init_from(
+      config, workdir, warn=lambda text: say(f"warning: {text}")
+    )
     _check_workdir(config, workdir, inputs)
+    say(config_lib.to_json(config))
     abstract = state_lib.abstract_state(config, inputs.mesh)
     say(format_params(abstract.params))
     for line in sharding.find_undivided(abstract.params, inputs.mesh):
@@ -59,7 +62,10 @@ def dry_run(
       say(f"a start would continue after step {restored.step} of {workdir}")
       del restored  # as large as the state of a run
     elif config.train.init_from:
-      _try_init_from(config, abstract, read_params, say)
+      loaded, _ = loop.read_initial(config, inputs, read_params)
+      _, merge = loop.merge_params(abstract.params, loaded)
+      say(loop.format_merge(config.train.init_from, merge))
+      loop.check_merge(config.train.init_from, merge)
     local = next(inputs.iterator)
     per_sample = flops.flops_per_sample(config)
     say(
@@ -190,15 +196,3 @@ def _check_workdir(
     ),
   )
   metrics.check_wandb(config)
-
-
-def _try_init_from(
-  config: config_lib.Config,
-  abstract: state_lib.TrainState,
-  read_params: loop.ReadParams,
-  say: Callable[[str], None],
-) -> None:
-  loaded, _ = read_params(config.train.init_from)
-  _, merge = loop.merge_params(abstract.params, loaded)
-  say(loop.format_merge(config.train.init_from, merge))
-  loop.check_merge(config.train.init_from, merge)

@@ -191,16 +191,56 @@ def open_inputs(config: config_lib.Config) -> Inputs:
 def read_work_dir(path: str) -> tuple[Params, dict[str, Any]]:
   """Parameters and lineage of a work dir DIR or of DIR/checkpoints/STEP.
 
-  STEP may be a number, "latest" or "best"; DIR alone means the best one if
-  the run was validated, else the latest.
+  STEP is as for `checkpoint.find_step`; DIR alone means "auto".
   """
-  place = pathlib.Path(path).absolute()
+  place, step = pathlib.Path(path).absolute(), "auto"
   if place.parent.name == "checkpoints":
     place, step = place.parent.parent, place.name
-  else:
-    step = "best" if checkpoint.has_best(place) else "latest"
   found = checkpoint.restore_params(place, step=step)
   return found.params, found.lineage
+
+
+def read_initial(
+  config: config_lib.Config, inputs: Inputs, read_params: ReadParams
+) -> tuple[Params, dict[str, Any]]:
+  """Parameters and lineage of what `train.init_from` names.
+
+  Raises:
+    CheckpointError: it was trained with another tokenizer. Word tables of
+      one shape would load, and their rows stand for other words.
+  """
+  params, lineage = read_params(config.train.init_from)
+  there, here = lineage["tokenizer_sha256"], inputs.tokenizer.sha256
+  if there != here:
+    raise checkpoint.CheckpointError(
+      f"config.train.init_from: {config.train.init_from} was trained with "
+      f"another tokenizer: sha256 {there[:12]} there, {here[:12]} now "
+      f"({inputs.tokenizer_path}). Set config.data.tokenizer to the copy in "
+      "that work dir or export."
+    )
+  return params, dict(lineage)
+
+
+def keep_init_from(
+  config: config_lib.Config,
+  workdir: str | os.PathLike[str],
+  *,
+  warn: Callable[[str], None],
+) -> config_lib.Config:
+  """`config` with the `train.init_from` that a run to continue began with."""
+  if not checkpoint.list_steps(workdir):
+    return config
+  stored = checkpoint.read_meta(workdir)["config"]["train"]["init_from"]
+  asked = config.train.init_from
+  if asked == stored:
+    return config
+  warn(
+    f"config.train.init_from: {asked!r} now, but {workdir} began with "
+    f"{stored!r}, which is kept: a run that continues reads neither"
+  )
+  return dataclasses.replace(
+    config, train=dataclasses.replace(config.train, init_from=stored)
+  )
 
 
 def train(
@@ -270,12 +310,12 @@ def _start(
   with clock("start"):
     inputs = open_inputs(config)
     stack.callback(inputs.iterator.close)
-    fresh = not checkpoint.list_steps(workdir)
+    config = keep_init_from(config, workdir, warn=log.warning)
     initial, init_lineage = None, None
-    if not fresh:
-      init_lineage = checkpoint.read_lineage(workdir)["init_from"]
+    if checkpoint.list_steps(workdir):
+      init_lineage = checkpoint.read_meta(workdir)["lineage"]["init_from"]
     elif config.train.init_from:
-      initial, init_lineage = read_params(config.train.init_from)
+      initial, init_lineage = read_initial(config, inputs, read_params)
     checkpointer = checkpoint.Checkpointer(
       workdir,
       config=config,
@@ -283,7 +323,7 @@ def _start(
       lineage={
         **inputs.data_facts,
         "config_sha256": config_lib.sha256(config),
-        "init_from": None if init_lineage is None else dict(init_lineage),
+        "init_from": init_lineage,
       },
     )
     stack.callback(checkpointer.close)
@@ -494,9 +534,8 @@ class _Report:
       raise TrainError(
         f"step {step}: {numbers['num_skipped']:.0f} steps had a loss or "
         "gradient that is not finite and were skipped "
-        f"(optimizer.max_skips = {limit}). Lower optimizer.learning_rate, set "
-        "optimizer.clip_norm, or look at the data; the last checkpoint is "
-        f"step {self._run.checkpointer.latest_step}."
+        f"(optimizer.max_skips = {limit}). "
+        + format_advice(self._run.workdir, self._run.checkpointer.latest_step)
       )
 
   def _mark(self, step: int) -> None:
@@ -642,6 +681,25 @@ def format_merge(path: str, merge: Merge) -> str:
     listed = f": {', '.join(names)}" if names else ""
     lines.append(f"  {len(names)} {label}{listed}")
   return "\n".join(lines)
+
+
+def format_advice(workdir: pathlib.Path, latest: int | None) -> str:
+  """What to do about losses that are not finite.
+
+  Args:
+    workdir: of the run; one with checkpoints takes no other optimizer.
+    latest: its last checkpoint, or None.
+  """
+  where = (
+    "start again"
+    if latest is None
+    else "start in another --workdir with "
+    f"--config.train.init_from={workdir}/checkpoints/{latest}"
+  )
+  return (
+    f"Look at the data, or {where} and a lower optimizer.learning_rate or an "
+    "optimizer.clip_norm."
+  )
 
 
 def format_summary(summary: Summary, start_step: int) -> str:

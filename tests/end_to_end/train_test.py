@@ -141,6 +141,7 @@ def test_parameters_that_are_not_finite_end_the_run_with_advice(
   said = start(workdir).finish(code=2)
   assert "error: step 10: 10 steps had a loss or gradient" in said
   assert "optimizer.max_skips = 10" in said and "Traceback" not in said
+  assert "in another --workdir with --config.train.init_from=" in said
   assert read_metrics(workdir)[-1]["loss"] is None
 
 

@@ -129,6 +129,7 @@ def test_a_new_work_dir_has_nothing_to_restore(tmp_path, abstract):
 def test_the_last_steps_and_the_best_are_kept(saved):
   assert checkpoint.list_steps(saved) == [2, 4, 5]
   assert checkpoint.find_step(saved, "best") == 2
+  assert checkpoint.find_step(saved, "auto") == 2
   assert checkpoint.find_step(saved, "latest") == 5
   assert json.loads((saved / "best.json").read_text()) == {
     "step": 2,
@@ -147,6 +148,7 @@ def test_without_validation_no_step_is_the_best(tmp_path, state):
   assert not (tmp_path / "best.json").exists()
   with pytest.raises(checkpoint.CheckpointError, match="was validated"):
     checkpoint.find_step(tmp_path, "best")
+  assert checkpoint.find_step(tmp_path, "auto") == 3
 
 
 def test_a_step_that_is_not_there_is_answered_with_those_that_are(saved):
@@ -248,6 +250,19 @@ def test_another_tokenizer_is_refused(saved):
 def test_other_training_data_are_refused(saved):
   with pytest.raises(checkpoint.CheckpointError, match="other training data"):
     open_checkpointer(saved, data_sha256="0" * 64)
+
+
+@pytest.mark.parametrize(
+  ("step", "picked"),
+  [("best", True), ("auto", True), (2, True), ("latest", False), (4, False)],
+)
+def test_the_lineage_says_whether_validation_picked_the_step(
+  saved, step, picked
+):
+  assert (
+    checkpoint.restore_params(saved, step=step).lineage["picked_as_best"]
+    == picked
+  )
 
 
 @pytest.mark.parametrize(("step", "number"), [("best", 2), ("latest", 5)])

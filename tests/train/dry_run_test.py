@@ -33,24 +33,34 @@ def config(tmp_path_factory):
   )
 
 
-@pytest.fixture(scope="module")
-def saved(config, tmp_path_factory):
-  """A work dir with step 3, of zeros."""
-  workdir = tmp_path_factory.mktemp("saved")
+def save_zeros(workdir, config, *, step, tokenizer=""):
+  """Makes a work dir with one checkpoint."""
   inputs = loop.open_inputs(config)
+  inputs.iterator.close()
   checkpointer = checkpoint.Checkpointer(
     workdir,
     config=config,
-    tokenizer_sha256=inputs.tokenizer.sha256,
+    tokenizer_sha256=tokenizer or inputs.tokenizer.sha256,
     lineage={**inputs.data_facts, "init_from": None},
   )
   state = jax.tree.map(
     lambda x: np.zeros(x.shape, x.dtype),
     state_lib.abstract_state(config, inputs.mesh),
   )
-  checkpointer.save(3, state, data_state={"step": 3})
+  checkpointer.save(step, state, data_state={"step": step})
   checkpointer.close()
   return workdir
+
+
+@pytest.fixture(scope="module")
+def saved(config, tmp_path_factory):
+  """A work dir with step 3."""
+  return save_zeros(tmp_path_factory.mktemp("saved"), config, step=3)
+
+
+def change_init_from(config, path):
+  train = dataclasses.replace(config.train, init_from=str(path))
+  return dataclasses.replace(config, train=train)
 
 
 def contents(folder):
@@ -106,3 +116,26 @@ def test_a_work_dir_that_cannot_be_written_is_named(config, tmp_path, place):
   assert dry == real
   in_the_way = tmp_path / ("work/checkpoints" if place == "work" else "file")
   assert f"{in_the_way} is not a folder that can be written" in dry
+
+
+def test_weights_of_another_tokenizer_start_neither_run(config, tmp_path):
+  other = save_zeros(tmp_path / "other", config, step=1, tokenizer="0" * 64)
+  dry, real = reasons(change_init_from(config, other), tmp_path / "work")
+  assert dry == real
+  here = loop.open_inputs(config).tokenizer.sha256
+  for part in (f"{other} was trained", "0" * 12, here[:12], "data.tokenizer"):
+    assert part in dry
+
+
+def test_a_run_that_continues_keeps_the_init_from_it_began_with(
+  config, tmp_path
+):
+  began = change_init_from(config, "there")
+  workdir = save_zeros(tmp_path / "work", began, step=began.train.num_steps)
+  moved, said, stream = change_init_from(config, "moved"), [], io.StringIO()
+  dry_run.dry_run(moved, workdir, say=said.append)
+  loop.train(moved, workdir, stream=stream)
+  for text in ("\n".join(said), stream.getvalue()):
+    assert f"'moved' now, but {workdir} began with 'there'" in text
+  stored = config_lib.from_json((workdir / "config.json").read_text())
+  assert stored == began
