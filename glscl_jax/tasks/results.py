@@ -32,6 +32,9 @@ LINEAGE_KEYS = (
   "tokenizer_sha256",
   "data_manifest_sha256",
   "seed",
+  "image_size",
+  "eval_splits",
+  "picked_as_best",
   "training",
   "regime",
 )
@@ -78,7 +81,9 @@ def make_lineage(
   """Where the weights come from and how they relate to this data set.
 
   `regime` is "zero-shot" only when the lineage names its data and none of it
-  is a split of the data set evaluated; else it says what was seen.
+  is a split of the data set evaluated; else it says what was seen. A split
+  whose validation chose these weights, or weights they began from, among
+  others is no held-out one.
 
   Args:
     step: optimizer steps the weights have seen.
@@ -91,6 +96,8 @@ def make_lineage(
   seen = _collect(training, "data_sha256")
   if data.split_sha256[split] in seen:
     regime = "training data"
+  elif split in _find_pickers(training, data):
+    regime = "split that picked the checkpoint"
   elif seen & set(data.split_sha256.values()):
     regime = "held-out split of the training data"
   elif data.path in _collect(training, "data_dir"):
@@ -106,6 +113,12 @@ def make_lineage(
     "tokenizer_sha256": training["tokenizer_sha256"],
     "data_manifest_sha256": data.sha256,
     "seed": config.train.seed,
+    "image_size": config.model.vision.image_size,
+    "eval_splits": list(config.train.validation_splits),
+    # None: weights that do not say, exported before it was stored.
+    "picked_as_best": (
+      training["picked_as_best"] if "picked_as_best" in training else None
+    ),
     "training": dict(training),
     "regime": regime,
   }
@@ -119,6 +132,18 @@ def _collect(training: Mapping[str, Any], key: str) -> frozenset[str]:
       found.add(value)
     elif isinstance(value, Mapping):
       found |= _collect(value, key)
+  return frozenset(found)
+
+
+def _find_pickers(training: Mapping[str, Any], data: DataSet) -> frozenset[str]:
+  """Splits of `data` that picked a checkpoint, here or of a parent."""
+  found = set()
+  if "picked_as_best" in training and training["picked_as_best"]:
+    if training["data_sha256"] in data.split_sha256.values():
+      found.update(training["eval_splits"])
+  for value in training.values():
+    if isinstance(value, Mapping):
+      found |= _find_pickers(value, data)
   return frozenset(found)
 
 

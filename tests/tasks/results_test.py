@@ -11,11 +11,12 @@ from glscl_jax.tasks import results
 from glscl_jax.train import loop
 from tests import tiny
 
+CONFIG = config.Config()
 DATA = results.DataSet(
   name="emoji-01234567",
   path="/data/emoji",
   sha256="01234567" * 8,
-  split_sha256={"train": "aa", "test": "bb"},
+  split_sha256={"train": "aa", "val": "dd", "test": "bb"},
 )
 
 
@@ -82,11 +83,11 @@ def test_a_file_that_is_no_result_file_is_left_alone(tmp_path):
   assert (tmp_path / results.METRICS).read_text() == "[]"
 
 
-def lineage(training, split="test"):
+def lineage(training, split="test", run=CONFIG):
   return results.make_lineage(
     step=3,
     params_sha256="p",
-    config=config.Config(),
+    config=run,
     training={"tokenizer_sha256": "t", **training},
     data=DATA,
     split=split,
@@ -122,6 +123,46 @@ def test_the_regime_follows_from_everything_the_weights_saw(
   training, split, regime
 ):
   assert lineage(training, split)["regime"] == regime
+
+
+PICKED = {"picked_as_best": True, "eval_splits": ["val"]}
+
+
+@pytest.mark.parametrize(
+  "training,split,regime",
+  [
+    (PICKED | {"data_sha256": "aa"}, "val", "split that picked the checkpoint"),
+    (PICKED | {"data_sha256": "aa"}, "test", "held-out split of the training"),
+    (PICKED | {"data_sha256": "aa"}, "train", "training data"),
+    # Of another data set: "val" there is not "val" here.
+    (PICKED | {"data_sha256": "cc"}, "val", "zero-shot"),
+    (
+      PICKED | {"data_sha256": "aa", "picked_as_best": False},
+      "val",
+      "held-out split of the training",
+    ),
+    (
+      {"data_sha256": "cc", "init_from": PICKED | {"data_sha256": "aa"}},
+      "val",
+      "split that picked the checkpoint",
+    ),
+  ],
+)
+def test_a_split_that_picked_the_weights_is_not_called_held_out(
+  training, split, regime
+):
+  assert lineage(training, split)["regime"].startswith(regime)
+
+
+def test_lineage_says_how_the_step_was_picked():
+  validated = config.Config(
+    train=config.TrainConfig(eval_every=2, eval_splits=("val",))
+  )
+  found = lineage(PICKED | {"data_sha256": "aa"}, run=validated)
+  assert found["eval_splits"] == ["val"] and found["picked_as_best"] is True
+  assert found["image_size"] == 288
+  never = lineage({"data_sha256": "aa"})
+  assert never["eval_splits"] == [] and never["picked_as_best"] is None
 
 
 @pytest.mark.parametrize(
