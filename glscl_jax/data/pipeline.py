@@ -71,15 +71,25 @@ def make_pairs(source: sources.Source) -> Pairs:
 
 
 def mask_kinds(config: config_lib.Config) -> frozenset[str]:
-  """Which masks the active objectives read: mlm, scl, keep, token, false."""
+  """Which masks the active objectives read: mlm, scl, keep, token, false.
+
+  Those of the versions in `systems/glscl.make_plan`, which data cannot import.
+  """
   weight = config.objectives
+  image = weight.mgsc_image > 0 or weight.mltc_image > 0
+  text = weight.mgsc_text > 0 or weight.mltc_text > 0
   kinds = set()
   if weight.mlm > 0:
     kinds |= {"mlm"}
-  if weight.mgsc_image > 0 or weight.mgsc_text > 0 or weight.mltc_text > 0:
-    kinds |= {"scl", "keep"}
+  if weight.mgsc_image > 0:
+    kinds |= {"keep"}
   if weight.mltc_image > 0:
-    kinds |= {"scl", "token"}
+    kinds |= {"token"}
+  if text:
+    kinds |= {"scl"}
+  if weight.completion_targets == "partner_masked":
+    # The complete input of one modality stands beside a masked one.
+    kinds |= ({"scl"} if image else set()) | ({"keep"} if text else set())
   if weight.itm > 0 and weight.itm_negatives == "dataset":
     kinds |= {"false"}
   return frozenset(kinds)

@@ -15,6 +15,7 @@ from glscl_jax import config as config_lib
 from glscl_jax import types
 from glscl_jax.data import masking, pairs, pipeline, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
+from glscl_jax.systems import glscl
 
 NUM_RECORDS = 20
 CAPTIONS = 2  # of each record
@@ -217,6 +218,23 @@ def test_only_masks_that_an_objective_reads_are_made(
   config = change(config, "objectives", **(NO_OBJECTIVE | {objective: 1.0}))
   (batch,), _ = take(config, tokenizer, 1)
   assert {name.split("_")[0] for name in batch} == prefixes | {"image", "text"}
+
+
+@pytest.mark.parametrize("targets", ["partner_masked", "clean"])
+@pytest.mark.parametrize("objective", [*config_lib.OBJECTIVES, "all"])
+def test_the_masks_made_are_those_of_the_versions_that_the_system_encodes(
+  config, objective, targets
+):
+  weights = {
+    name: float(objective in (name, "all")) for name in config_lib.OBJECTIVES
+  }
+  config = change(config, "objectives", completion_targets=targets, **weights)
+  plan = glscl.make_plan(config.objectives)
+  masks = {"drop": "keep", "token": "token", "mlm": "mlm", "scl": "scl"}
+  versions = {*plan.image_versions, *plan.text_versions}
+  assert pipeline.mask_kinds(config) == {
+    masks[name] for name in versions & masks.keys()
+  }
 
 
 def test_switching_an_objective_off_leaves_all_other_arrays(config, tokenizer):
