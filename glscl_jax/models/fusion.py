@@ -58,8 +58,8 @@ class CoAttention(nn.Module):
 
   def example(self):
     """Smallest inputs, to create parameters."""
-    token_111 = jnp.zeros((1, 1, self.width))
-    return (token_111, token_111), jnp.ones((1, 1), bool)
+    token_11D = transformer.example_token(self.width, self.dtype)
+    return (token_11D, token_11D), jnp.ones((1, 1), bool)
 
   @staticmethod
   def _stream(block, x_BLD, context_BMD, valid_BL, context_valid_BM, rows_BQ):

@@ -128,14 +128,17 @@ class Mlp(nn.Module):
 def put_mean_first(
   x_BLD: jax.Array, valid_BL: jax.Array | None = None
 ) -> jax.Array:
-  """Puts the mean of the other (valid) rows in place of row 0."""
+  """Puts the float32 mean of the other (valid) rows in place of row 0."""
   rest_BMD = x_BLD[:, 1:]
-  weight_BM = jnp.ones(rest_BMD.shape[:2], x_BLD.dtype)
+  weight_BM = jnp.ones(rest_BMD.shape[:2], jnp.float32)
   if valid_BL is not None:
-    weight_BM = valid_BL[:, 1:].astype(x_BLD.dtype)
+    weight_BM = valid_BL[:, 1:].astype(jnp.float32)
   count_B1 = jnp.maximum(jnp.sum(weight_BM, axis=1, keepdims=True), 1)
-  mean_BD = jnp.sum(rest_BMD * (weight_BM / count_B1)[:, :, None], axis=1)
-  return jnp.concatenate([mean_BD[:, None], rest_BMD], axis=1)
+  weight_BM1 = (weight_BM / count_B1)[:, :, None]
+  mean_BD = jnp.sum(rest_BMD.astype(jnp.float32) * weight_BM1, axis=1)
+  return jnp.concatenate(
+    [mean_BD[:, None].astype(x_BLD.dtype), rest_BMD], axis=1
+  )
 
 
 def take_rows(x_BLD: jax.Array, rows_BQ: jax.Array) -> jax.Array:

@@ -1,4 +1,6 @@
-"""The two matrix products every layer is made of, with their precision.
+"""The products every layer is made of, with their precision.
+
+`dot` and `batched_dot` multiply matrices, `convolve` slides a window.
 
 Operands are rounded to `dtype` and sums are kept in float32, forward and
 backward: without rules of its own JAX multiplies a float32 cotangent with
@@ -117,18 +119,70 @@ def batched_dot(
   return _einsum(equation, x, y, dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(
+  x_BYXD: jax.Array, kernel_ZWDF: jax.Array, dtype: str
+) -> jax.Array:
+  return _slide(
+    x_BYXD, kernel_ZWDF, dtype, _margins(kernel_ZWDF), "NHWC,HWIO->NHWC"
+  )
+
+
+def _convolve_forward(x_BYXD, kernel_ZWDF, dtype):
+  return _convolve(x_BYXD, kernel_ZWDF, dtype), (x_BYXD, kernel_ZWDF)
+
+
+def _convolve_backward(dtype, saved, grad_BYXF):
+  x_BYXD, kernel_ZWDF = saved
+  margins = _margins(kernel_ZWDF)
+  grad_x_BYXD = _slide(
+    grad_BYXF, kernel_ZWDF[::-1, ::-1], dtype, margins, "NHWC,HWOI->NHWC"
+  )
+  # The batch is what is summed over, as channels are in the forward pass.
+  grad_kernel_ZWDF = _slide(
+    x_BYXD, grad_BYXF, dtype, margins, "CHWN,IHWO->HWNC"
+  )
+  return (
+    grad_x_BYXD.astype(x_BYXD.dtype),
+    grad_kernel_ZWDF.astype(kernel_ZWDF.dtype),
+  )
+
+
+def _margins(kernel_ZWDF: jax.Array) -> list[tuple[int, int]]:
+  """Zeros before and after, for windows whose sides are odd."""
+  return [(side // 2, side // 2) for side in kernel_ZWDF.shape[:2]]
+
+
+def _slide(
+  x: jax.Array,
+  window: jax.Array,
+  dtype: str,
+  margins: list[tuple[int, int]],
+  equation: str,
+) -> jax.Array:
+  """A convolution in XLA's letters, with a float32 result.
+
+  Operands are float32 on CPU, where XLA's bfloat16 convolution is no faster.
+  """
+  operand_dtype = activation_dtype(dtype)
+  return jax.lax.conv_general_dilated(
+    x.astype(operand_dtype),
+    window.astype(operand_dtype),
+    window_strides=(1, 1),
+    padding=margins,
+    dimension_numbers=tuple(re.split(",|->", equation)),
+    preferred_element_type=jnp.float32,
+  )
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
 def convolve(
   x_BYXD: jax.Array, kernel_ZWDF: jax.Array, *, dtype: str
 ) -> jax.Array:
   """A convolution that keeps the grid, in `activation_dtype(dtype)`.
 
-  float32 on CPU, where XLA's bfloat16 convolution is no faster.
+  The sides of the kernel are odd; zeros lie around the grid.
   """
-  wide = activation_dtype(dtype)
-  return jax.lax.conv_general_dilated(
-    x_BYXD.astype(wide),
-    kernel_ZWDF.astype(wide),
-    window_strides=(1, 1),
-    padding="SAME",
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  )
+  return _convolve(x_BYXD, kernel_ZWDF, dtype).astype(activation_dtype(dtype))

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from glscl_jax.config import ModelConfig
-from glscl_jax.models import layers, transformer
-from glscl_jax.models.products import activation_dtype
+from glscl_jax.models import layers, products, transformer
 
 PAD_POSITION = 1  # RoBERTa: pads read row 1, real tokens rows 2, 3, ..
 
@@ -41,7 +40,7 @@ class TextEncoder(nn.Module):
     x_BTD += table("type_embedding", 1)[None]
     x_BTD = layers.LayerNorm(text.norm_eps, name="norm")(x_BTD)
     x_BTD = layers.Dropout(text.dropout)(
-      x_BTD.astype(activation_dtype(self.config.compute_dtype))
+      x_BTD.astype(products.activation_dtype(self.config.compute_dtype))
     )
     y_BTD = transformer.Stack(
       functools.partial(

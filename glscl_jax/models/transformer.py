@@ -13,7 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from glscl_jax.models import attention, layers
+from glscl_jax.models import attention, layers, products
+
+
+def example_token(width: int, dtype: str) -> jax.Array:
+  """The smallest state, of the type that travels between products."""
+  return jnp.zeros((1, 1, width), products.activation_dtype(dtype))
 
 
 class PreBlock(nn.Module):
@@ -45,7 +50,7 @@ class PreBlock(nn.Module):
 
   def example(self) -> tuple[Any, ...]:
     """Smallest inputs, to create parameters."""
-    return (jnp.zeros((1, 1, self.width)),)
+    return (example_token(self.width, self.dtype),)
 
 
 class PostBlock(nn.Module):
@@ -74,7 +79,7 @@ class PostBlock(nn.Module):
 
   def example(self) -> tuple[Any, ...]:
     """Smallest inputs, to create parameters."""
-    return jnp.zeros((1, 1, self.width)), jnp.ones((1, 1), bool)
+    return example_token(self.width, self.dtype), jnp.ones((1, 1), bool)
 
 
 class PostCrossBlock(nn.Module):

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 
 from glscl_jax.config import OBJECTIVES, Config, DataConfig, ObjectiveConfig
 from glscl_jax.data import masking
-from glscl_jax.models import layers, stem
-from glscl_jax.models.products import activation_dtype
+from glscl_jax.models import layers, products, stem
 from glscl_jax.models.towers import Towers
 from glscl_jax.models.vision import named_patches
 from glscl_jax.objectives import completion, contrastive, masked_lm, matching
@@ -124,7 +123,7 @@ def encode_images(
   model: Towers, batch: Batch, versions: tuple[str, ...], config: Config
 ) -> dict[str, jax.Array]:
   """Encoder states of the versions of I, equal lengths in one call."""
-  dtype = activation_dtype(config.model.compute_dtype)
+  dtype = products.activation_dtype(config.model.compute_dtype)
   image_BYXC = normalize_images(batch.image_BYXC, config.data).astype(dtype)
   patches = embed_images(model, batch, image_BYXC, versions)
   embedded = {}

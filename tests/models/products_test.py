@@ -86,3 +86,56 @@ def test_gradients_of_attention_products_multiply_rounded_operands(
   for a, b in zip(found, expected, strict=True):
     assert a.dtype == jnp.float32
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def plain_convolution(x_BYXD, kernel_ZWDF):
+  return jax.lax.conv_general_dilated(
+    x_BYXD,
+    kernel_ZWDF,
+    window_strides=(1, 1),
+    padding="SAME",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+
+
+def convolve(x, y, dtype):
+  return products.convolve(x, y, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sides", [(3, 3), (5, 1)], ids=str)
+def test_convolutions_on_cpu_are_the_plain_float32_ones(dtype, sides):
+  x, kernel = draw(0, 4, 6, 5, 8), draw(1, *sides, 8, 3)
+  weight = draw(2, 4, 6, 5, 3)
+  found = convolve(x, kernel, dtype)
+  np.testing.assert_array_equal(found, plain_convolution(x, kernel))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    gradients(convolve, dtype, x, kernel, weight),
+    gradients(
+      lambda x, y, _: plain_convolution(x, y), dtype, x, kernel, weight
+    ),
+  )
+
+
+def test_a_convolution_multiplies_rounded_operands_and_sums_in_float32(
+  travels_in_bfloat16,
+):
+  x, kernel = draw(0, 2, 4, 5, 32), draw(1, 3, 3, 32, 6)
+  weight = draw(2, 2, 4, 5, 6)
+  short = convolve(x, kernel, "bfloat16")
+  wide = plain_convolution(rounded(x), rounded(kernel))
+  assert short.dtype == jnp.bfloat16
+  # One rounding, at the end.
+  np.testing.assert_allclose(short.astype(jnp.float32), wide, rtol=2**-8)
+  found = gradients(convolve, "bfloat16", x, kernel, rounded(weight))
+  expected = gradients(
+    lambda x, y, _: plain_convolution(x, y),
+    "float32",
+    rounded(x),
+    rounded(kernel),
+    rounded(weight),
+  )
+  for a, b in zip(found, expected, strict=True):
+    assert a.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

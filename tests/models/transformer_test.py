@@ -119,6 +119,31 @@ def test_padding_does_not_reach_real_rows(params, inputs):
   assert not np.array_equal(rows[0], rows[1])
 
 
+@pytest.mark.parametrize(
+  ("block", "options"),
+  [
+    (transformer.PreBlock, {"activation": "gelu"}),
+    (transformer.PostBlock, {"dropout": 0.0, "init_std": 0.2}),
+  ],
+  ids=["pre", "post"],
+)
+@pytest.mark.parametrize("zero", [True, False])
+def test_only_the_last_matrices_of_residual_branches_may_start_at_zero(
+  block, options, zero, key
+):
+  module = block(
+    width=WIDTH, dtype="float32", eps=1e-5, zero_residual=zero, **options
+  )
+  params = random_pairs.once(module.init)(key, *module.example())["params"]
+  zeros = {
+    f"{branch}/{name}"
+    for branch in ("attention", "mlp")
+    for name, dense in params[branch].items()
+    if not np.any(np.asarray(dense["kernel"]))
+  }
+  assert zeros == ({"attention/out", "mlp/fc2"} if zero else set())
+
+
 @pytest.fixture(scope="module")
 def cross_block():
   block = transformer.PostCrossBlock(WIDTH, "float32", 1e-12, 0.0, 0.2)

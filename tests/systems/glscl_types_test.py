@@ -6,27 +6,38 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from glscl_jax.models import products
 from glscl_jax.systems import glscl
 from tests import random_pairs
 
+HARD = {"itm_negatives": "hard", "same_image": "ignore"}
+IN_BATCH = {"itm_negatives": "in_batch", "same_image": "positive"}
+
 
 @pytest.mark.parametrize(
-  "objectives",
+  ("objectives", "encoders", "travels"),
   [
-    {"itm_negatives": "in_batch", "same_image": "positive"},
-    {"itm_negatives": "hard", "same_image": "ignore"},
+    (IN_BATCH, {}, "float32"),
+    (HARD, {}, "float32"),
+    (IN_BATCH, {"depth": 2, **random_pairs.SMALL_DATA}, "bfloat16"),
   ],
-  ids=lambda objectives: objectives["itm_negatives"],
+  ids=["in_batch", "hard", "as on an accelerator"],
 )
-def test_loss_and_gradients_run_under_strict_promotion(objectives, key):
-  config = random_pairs.config(objectives=objectives, compute_dtype="bfloat16")
+def test_loss_and_gradients_run_under_strict_promotion(
+  objectives, encoders, travels, key, monkeypatch
+):
+  config = random_pairs.config(
+    objectives=objectives, compute_dtype="bfloat16", **encoders
+  )
+  dtype = jnp.dtype(travels)
+  monkeypatch.setattr(products, "activation_dtype", lambda _: dtype)
 
   def loss(params, batch):
     output = glscl.loss(params, batch, config=config, key=key)
     return output.loss, output.metrics
 
-  params = jax.eval_shape(lambda: glscl.init(config, key))
   with jax.numpy_dtype_promotion("strict"):
+    params = jax.eval_shape(lambda: glscl.init(config, key))
     gradients, metrics = jax.eval_shape(
       jax.grad(loss, has_aux=True), params, glscl.example_batch(config)
     )
