@@ -144,12 +144,8 @@ def write(
     DataError: a split without records, or a `data_dir` that exists but was
       not made by this function.
   """
+  check_target(data_dir)
   target = pathlib.Path(data_dir).absolute()
-  if target.exists() and not _is_replaceable(target):
-    raise DataError(
-      f"{target}: exists and is no data directory; name another --output, or "
-      "remove it first"
-    )
   target.parent.mkdir(parents=True, exist_ok=True)
   for stale in target.parent.glob(f"{target.name}.tmp-*"):
     if not _is_running(stale.name.rpartition("-")[2]):
@@ -184,6 +180,21 @@ def write(
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
   return manifest
+
+
+def check_target(data_dir: str | os.PathLike[str]) -> None:
+  """Checks that `write` could put a data directory there.
+
+  Raises:
+    DataError, UserError: something else is there, or it cannot be written.
+  """
+  target = pathlib.Path(data_dir).absolute()
+  errors.check_replaceable(target, option=f"--output={data_dir}")
+  if target.exists() and not _is_replaceable(target):
+    raise DataError(
+      f"{target}: exists and is no data directory; name another --output, or "
+      "remove it first"
+    )
 
 
 def _is_replaceable(target: pathlib.Path) -> bool:

@@ -16,7 +16,6 @@ from typing import Any
 
 from absl import logging
 
-from glscl_jax import errors
 from glscl_jax.data import emoji, ingest, pairs, render, sources, tokenizer
 
 _PRINTED = 20  # rejected lines; the manifest lists all
@@ -206,7 +205,7 @@ def _whole(
   if not damage:
     logging.info("%s is whole: nothing to do", output)
     return pairs.read_manifest(output)
-  errors.check_replaceable(output, option=f"--output={output}")
+  pairs.check_target(output)
   if pathlib.Path(output).exists():
     logging.info("making %s again: %s", output, damage)
   return None

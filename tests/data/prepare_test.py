@@ -335,6 +335,12 @@ def test_an_output_that_cannot_be_written_is_named(jsonl, tmp_path, place):
   )
 
 
+def test_a_folder_of_something_else_is_refused_before_any_work(tiny, tmp_path):
+  (tmp_path / "notes.txt").touch()
+  with pytest.raises(pairs.DataError, match="exists and is no data directory"):
+    _prepare(tiny, tmp_path, cache=tmp_path / "npm", npm="/nowhere/npm")
+
+
 def test_a_folder_of_packages_that_cannot_be_written_is_named(tiny, tmp_path):
   (tmp_path / "file").touch()
   with pytest.raises(errors.UserError, match="--input=.*file is not a folder"):
