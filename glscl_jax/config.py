@@ -268,10 +268,10 @@ class AugmentConfig:
   randaugment_ops: int = 0  # operations an image
   randaugment_magnitude: float = 9.0  # of 30
   color: bool = True  # False drops the colour operations
-  warp: float = 0.0  # strength of a random affine map that takes the place of
-  # the crop; for drawings, 0: none [choice]
-  recolor: float = 0.0  # deviation of a random mix of the three colours, for
-  # drawings, 0: none [choice]
+  warp: float = 0.0  # up to 2; strength of a random affine map that takes the
+  # place of the crop; for drawings, 0: none [choice]
+  recolor: float = 0.0  # up to 1; deviation of a random mix of the three
+  # colours, for drawings, 0: none [choice]
   phrases: Literal["all", "subset"] = "all"  # subset: of a caption's parts
   # between colons and commas a random number, in random order
 
@@ -285,6 +285,11 @@ class AugmentConfig:
     )
     _check(
       self.randaugment_magnitude <= 30, "randaugment_magnitude", "at most 30"
+    )
+    # Stronger warps shrink the window to nothing or mirror it.
+    _check(self.warp <= 2, "warp", f"must not exceed 2, is {self.warp}")
+    _check(
+      self.recolor <= 1, "recolor", f"must not exceed 1, is {self.recolor}"
     )
 
 
@@ -320,7 +325,7 @@ class OptimizerConfig:
   learning_rate: float = 2e-5  # peak, of the encoders
   schedule: Literal["linear", "cosine"] = "linear"  # after the warm-up
   warmup_fraction: float = 0.1  # of all steps
-  beta1: float = 0.9
+  beta1: float = 0.9  # beta1, beta2 and eps are Adam's
   beta2: float = 0.98
   eps: float = 1e-8
   weight_decay: float = 0.01
@@ -331,6 +336,7 @@ class OptimizerConfig:
   variant: Literal["standard", "hf", "muon"] = "standard"  # hf: published
   # AdamW order; muon: orthogonalized momentum for matrices
   muon_rms: float = 0.2  # of a matrix's update over the learning rate
+  muon_beta: float = 0.95  # of the matrices' momentum (Jordan et al., 2024)
   max_skips: int = 10  # non-finite steps before the run fails
 
   def __post_init__(self):
@@ -338,7 +344,7 @@ class OptimizerConfig:
     _check_not_negative(
       self, "weight_decay", "fusion_multiplier", "head_multiplier"
     )
-    _check_ratio(self, "warmup_fraction", "beta1", "beta2")
+    _check_ratio(self, "warmup_fraction", "beta1", "beta2", "muon_beta")
     if self.clip_norm is not None:
       _check_positive(self, "clip_norm")
 

@@ -166,9 +166,10 @@ def muon_direction(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
   orthogonalize = optax.contrib.scale_by_muon(
+    beta=config.muon_beta,
     weight_dimension_numbers=lambda updates: jax.tree.map(
       lambda _: matrix, updates
-    )
+    ),
   )
   return optax.partition(
     {

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -74,3 +76,15 @@ def test_the_vocabulary_matrix_counts_as_a_table(rng):
   # Adam's first step is the sign of the gradient; heads learn 5 times faster.
   expected = -5 * RATE * (np.sign(kernel) + 0.1 * np.asarray(kernel))
   np.testing.assert_allclose(update, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.95])
+def test_momentum_forgets_earlier_gradients_at_its_own_rate(rng, beta):
+  params, first, second = tree(rng), tree(rng), tree(rng)
+  config = dataclasses.replace(CONFIG, muon_beta=beta)
+  transform = optimizer.make_optimizer(config, 1000)
+  _, state = transform.update(first, transform.init(params), params)
+  found, _ = transform.update(second, state, params)
+  fresh, _ = transform.update(second, transform.init(params), params)
+  same = np.allclose(kernel_of(found), kernel_of(fresh), atol=1e-4)
+  assert same == (beta == 0.0)
