@@ -11,6 +11,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from glscl_jax import config as config_lib
 from glscl_jax.data import transforms
 
+RAMP_START, RAMP_STEP = 10, 0.5  # first colour; pixels a level of colour
+
 PLAIN = config_lib.AugmentConfig(
   crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip="off"
 )
@@ -379,19 +381,56 @@ def test_without_colour_operations_a_drawing_keeps_its_colours():
     assert np.ptp(share, axis=2).max() < 0.08
 
 
-def test_a_warp_is_one_affine_map():
-  # Where two coordinates are encoded as colours, an affine map stays affine.
-  ramp_A = np.linspace(60, 190, 96)
+def fit_affine(warped_YXC):
+  """The (2, 3) map from places of a warped image of ramps to places before.
+
+  With the largest error of a pixel that the white around has not reached.
+  """
+  side = len(warped_YXC)
+  ramps_YX = (warped_YXC[:, :, 2] == 0).astype(np.uint8)
+  inner_N = cv2.erode(ramps_YX, np.ones((7, 7))).ravel() > 0
+  before_N2 = RAMP_STEP * (warped_YXC.reshape(-1, 3)[inner_N, :2] - RAMP_START)
+  y_N, x_N = np.indices((side, side)).reshape(2, -1)[:, inner_N]
+  places_N3 = np.column_stack([x_N, y_N, np.ones_like(x_N)])
+  map_32 = np.linalg.lstsq(places_N3, before_N2, rcond=None)[0]
+  return map_32.T, np.abs(places_N3 @ map_32 - before_N2).max()
+
+
+def test_warps_are_affine_maps_drawn_from_the_ranges_they_name():
+  # Two coordinates are encoded as colours, so that a view tells its map.
   image_YXC = np.zeros((96, 96, 3))
+  ramp_A = RAMP_START + np.arange(96) / RAMP_STEP
   image_YXC[:, :, 0], image_YXC[:, :, 1] = ramp_A[None], ramp_A[:, None]
-  warped_YXC = transforms.warp(
-    np.random.default_rng(3), image_YXC.astype(np.uint8), strength=1.0
+  found = []
+  for seed in range(400):
+    warped_YXC = transforms.warp(
+      np.random.default_rng(seed), image_YXC.astype(np.uint8), strength=1.0
+    )
+    map_23, error = fit_affine(warped_YXC.astype(np.float64))
+    assert error < 1  # pixels
+    # turn = zoom [[cos stretch, shear - sin], [sin, cos / stretch]]
+    (a, b), (c, d) = map_23[:, :2]
+    zoom = np.sqrt(a * d + c**2)
+    angle, shear = np.degrees(np.arcsin(c / zoom)), (b + c) / zoom
+    stretch = np.log(a / d) / 2
+    shift_2 = (map_23 @ [47.5, 47.5, 1.0] - 47.5) / 96
+    found.append((angle, zoom, stretch, shear, *shift_2))
+  ranges = np.array(
+    [(-15, 15), (0.75, 1.05), (-0.2, 0.2), (-0.2, 0.2), *2 * [(-0.075, 0.075)]]
   )
-  centre_YXC = warped_YXC[32:64, 32:64, :2].astype(np.float64)
-  assert not np.allclose(centre_YXC, image_YXC[32:64, 32:64, :2], atol=3)
-  along_x, along_y = np.diff(centre_YXC[:, ::8], axis=1), centre_YXC[::8]
-  assert np.ptp(along_x, axis=(0, 1)).max() <= 4
-  assert np.ptp(np.diff(along_y, axis=0), axis=(0, 1)).max() <= 4
+  low, high = np.min(found, axis=0), np.max(found, axis=0)
+  slack = 0.03 * np.ptp(ranges, axis=1)
+  assert np.all(np.abs(low - ranges[:, 0]) < slack)
+  assert np.all(np.abs(high - ranges[:, 1]) < slack)
+  # Uniform: means in the middle, deviations of a twelfth of the width squared.
+  np.testing.assert_allclose(
+    (np.mean(found, axis=0) - ranges.mean(axis=1)) / np.ptp(ranges, axis=1),
+    0,
+    atol=0.05,
+  )
+  np.testing.assert_allclose(
+    np.std(found, axis=0) / np.ptp(ranges, axis=1), 12**-0.5, atol=0.02
+  )
 
 
 def test_a_warp_of_no_strength_changes_nothing():
