@@ -11,7 +11,7 @@ Two stages, as in the papers, which start from CLIP and RoBERTa weights:
 from glscl_jax import config as config_lib
 
 TOWERS_STEPS = 2400
-GLSCL_STEPS = 400
+GLSCL_STEPS = 300
 
 
 def get_config(stage: str = "glscl"):
@@ -84,7 +84,7 @@ def get_config(stage: str = "glscl"):
   elif stage == "glscl":
     config.optimizer.learning_rate = 3e-4  # of the towers; fusion x 5
     config.train.num_steps = GLSCL_STEPS
-    config.train.eval_every = GLSCL_STEPS // 4
+    config.train.eval_every = GLSCL_STEPS // 3
   else:
     raise ValueError(f"quickstart.py:{stage}: the stages are towers and glscl")
   config.train.save_every = config.train.eval_every

@@ -50,7 +50,7 @@ train_arguments=("$@")
 plan="
 install:install:2
 data:data:3
-towers:training:12
+towers:training:14
 glscl:training:8
 evaluate:evaluation:2
 export:report:1
