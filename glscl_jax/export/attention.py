@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from glscl_jax import config as config_lib
-from glscl_jax.data import sources, transforms
+from glscl_jax.data import pairs, sources, transforms
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.export.weights import Weights
 from glscl_jax.systems import glscl
@@ -58,7 +58,7 @@ def attend(
     tokenizer.encode(example.captions[0], config.model.text.max_length)
     for example in examples
   ]
-  decoded = [transforms.decode(example.image) for example in examples]
+  decoded = [decode(example) for example in examples]
   resized = [
     transforms.resize(image, size=vision.image_size) for image in decoded
   ]
@@ -78,6 +78,18 @@ def attend(
     )
     for i, example in enumerate(examples)
   ]
+
+
+def decode(example: sources.Example) -> np.ndarray:
+  """The picture of a record.
+
+  Raises:
+    DataError: it is damaged; names the record.
+  """
+  try:
+    return transforms.decode(example.image)
+  except transforms.BadImage as error:
+    raise pairs.DataError(f"record {example.id!r}: {error}") from error
 
 
 @functools.lru_cache(maxsize=2)

@@ -472,7 +472,7 @@ def load_images(
     example = source[record]
     if example.id in left:
       left.remove(example.id)
-      found[example.id] = transforms.decode(example.image)
+      found[example.id] = attention.decode(example)
   if left:
     raise pairs.DataError(
       f"{data_dir}, split {split}: no record {sorted(left)[0]!r}; the "

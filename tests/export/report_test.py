@@ -11,6 +11,7 @@ import re
 import pytest
 
 from glscl_jax import config as config_lib
+from glscl_jax import errors
 from glscl_jax.data import sources
 from glscl_jax.export import report
 from glscl_jax.export import weights as weights_lib
@@ -201,6 +202,13 @@ def test_a_convolution_stem_is_described():
     text == ", convolution stem of widths 64, 128 with 1, 0 residual blocks"
   )
   assert report._describe_stem(config_lib.VisionConfig()) == ""
+
+
+def test_a_damaged_picture_is_named(tmp_path):
+  record = dataclasses.replace(tiny.record("val", 0, ("a",)), image=b"none")
+  data_dir = tiny.write_data(tmp_path / "data", {"val": [record]})
+  with pytest.raises(errors.UserError, match="record 'val-0': "):
+    report.load_images(data_dir, "val", ["val-0"])
 
 
 def test_a_caption_with_markup_is_text(work):
