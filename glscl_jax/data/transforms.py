@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from glscl_jax import config as config_lib
+from glscl_jax import errors
 
 cv2.setNumThreads(0)
 
@@ -28,7 +29,7 @@ _DIRECTION = re.compile(r"\b(left|right)", re.IGNORECASE)
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
 
-class BadImage(ValueError):
+class BadImage(errors.UserError):
   """Bytes that are not a whole, readable image; the caller names the record."""
 
 
