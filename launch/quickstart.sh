@@ -49,10 +49,10 @@ train_arguments=("$@")
 # name:part of the final time table:minutes expected on two cores
 plan="
 install:install:2
-data:data:3
+data:data:1
 towers:training:14
-glscl:training:8
-evaluate:evaluation:2
+glscl:training:10
+evaluate:evaluation:5
 export:report:1
 report:report:1
 "
