@@ -53,6 +53,8 @@ def get_config(stage: str = "glscl"):
 
   config.data.batch_size = 128
   config.data.num_threads = 1
+  # Another studio's drawing of the same concept is no false image.
+  config.data.identity = "caption"
   # Studios differ in colours and proportions: so do the views of a drawing.
   config.data.augment.warp = 1.0
   config.data.augment.recolor = 0.25

@@ -31,7 +31,7 @@ class Batch:
   """
 
   image_BYXC: jax.Array  # uint8; normalised on the device
-  image_id_B: jax.Array  # int32; equal ids are the same image
+  image_id_B: jax.Array  # int32; equal ids show the same, see data.identity
   text_ids_BT: jax.Array  # int32
   text_valid_BT: jax.Array  # bool; True where a token (or special) stands
   mlm_ids_BT: jax.Array | None = None  # T_mlm

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -121,7 +122,7 @@ class RowMaker:
     pair_key = (self.config.data.seed, epoch, pair)
     row = {
       "image_BYXC": self._augment(pair_key, "augment", image_YXC, caption),
-      "image_id_B": np.int32(example.image_id),
+      "image_id_B": self._identity(example),
     }
     row |= self._text(pair_key, caption)
     row |= self._patches(pair_key)
@@ -157,6 +158,12 @@ class RowMaker:
       f"{self.pairs.source.name}: {MAX_TRIES} records drawn one after another"
       f" cannot be used ({names}). Prepare the data again."
     )
+
+  def _identity(self, example: sources.Example) -> np.int32:
+    """Equal for pairs that must not be each other's negatives."""
+    if self.config.data.identity == "image" or not example.captions:
+      return np.int32(example.image_id)
+    return np.int32(zlib.crc32(example.captions[0].encode()) >> 1)
 
   def _augment(
     self,

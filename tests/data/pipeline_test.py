@@ -439,6 +439,24 @@ def without_masks(config):
   return change(config, "objectives", **(NO_OBJECTIVE | {"itc": 1.0}))
 
 
+def test_records_of_one_first_caption_can_count_as_the_same(config, tokenizer):
+  records = [make_record(i) for i in range(NUM_RECORDS)]
+  records[9] = make_record(9, captions=records[4].captions[:1])
+  config = change(config, "data", identity="caption")
+  config = change(config, "data", augment=config_lib.AugmentConfig(hflip="off"))
+  batches, _ = take(config, tokenizer, 10, source=ListSource(records))
+  id_of = {}
+  for batch in batches:
+    for image_YXC, identity in zip(
+      batch["image_BYXC"], batch["image_id_B"], strict=True
+    ):
+      id_of.setdefault(tuple(image_YXC[7, 7].tolist()), set()).add(identity)
+  assert set(id_of) == {color_of(i) for i in range(NUM_RECORDS)}
+  assert id_of.pop(color_of(9)) == id_of[color_of(4)]
+  # All others differ, and a record's second caption has its first one's.
+  assert len(set().union(*id_of.values())) == len(id_of) == NUM_RECORDS - 1
+
+
 def make_damaged():
   records = [make_record(i) for i in range(NUM_RECORDS)]
   records[3] = make_record(3, image=encode((1, 2, 3))[:40])
