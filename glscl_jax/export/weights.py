@@ -33,7 +33,7 @@ from glscl_jax import errors
 from glscl_jax.data import pairs, sources
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.systems import glscl
-from glscl_jax.train import checkpoint, loop
+from glscl_jax.train import checkpoint, initial
 from glscl_jax.types import Params
 
 MANIFEST = "manifest.json"
@@ -252,13 +252,13 @@ def open_weights(
 def read_params(path: str) -> tuple[Params, dict[str, Any]]:
   """Parameters and lineage of what `train.init_from` names.
 
-  An export directory, or what `train/loop.py` reads itself: a work dir, or
+  An export directory, or what `train/initial.py` reads itself: a work dir, or
   one of its checkpoints.
   """
   if is_export(path):
     weights = load_export(path)
     return weights.params, weights.lineage
-  return loop.read_work_dir(path)
+  return initial.read_work_dir(path)
 
 
 def params_sha256(params: Params) -> str:

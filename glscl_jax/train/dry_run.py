@@ -17,7 +17,7 @@ from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.data import pipeline
 from glscl_jax.systems import flops
-from glscl_jax.train import checkpoint, loop, metrics
+from glscl_jax.train import checkpoint, initial, loop, metrics
 from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib
 from glscl_jax.types import Batch
@@ -30,7 +30,7 @@ def dry_run(
   workdir: str | os.PathLike[str],
   *,
   compile_step: bool = False,
-  read_params: loop.ReadParams = loop.read_work_dir,
+  read_params: initial.ReadParams = initial.read_work_dir,
   say: Callable[[str], None] = print,
 ) -> None:
   """Prints configuration, parameters, FLOPs, memory and the first batch.
@@ -47,7 +47,7 @@ def dry_run(
   """
   inputs = loop.open_inputs(config)
   try:
-    config = loop.keep_init_from(
+    config = initial.keep_init_from(
       config, workdir, warn=lambda text: say(f"warning: {text}")
     )
     _check_workdir(config, workdir, inputs)
@@ -62,10 +62,12 @@ def dry_run(
       say(f"a start would continue after step {restored.step} of {workdir}")
       del restored  # as large as the state of a run
     elif config.train.init_from:
-      loaded, _ = loop.read_initial(config, inputs, read_params)
-      _, merge = loop.merge_params(abstract.params, loaded)
-      say(loop.format_merge(config.train.init_from, merge))
-      loop.check_merge(config.train.init_from, merge)
+      loaded, _ = initial.read_initial(
+        config, inputs.tokenizer, inputs.tokenizer_path, read_params
+      )
+      _, merge = initial.merge_params(abstract.params, loaded)
+      say(initial.format_merge(config.train.init_from, merge))
+      initial.check_merge(config.train.init_from, merge)
     local = next(inputs.iterator)
     per_sample = flops.flops_per_sample(config)
     say(

@@ -25,7 +25,7 @@ import shutil
 import signal
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TextIO
 
 import jax
@@ -37,7 +37,7 @@ from glscl_jax import errors, sharding
 from glscl_jax.data import pairs, pipeline, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
 from glscl_jax.systems import flops
-from glscl_jax.train import checkpoint, metrics
+from glscl_jax.train import checkpoint, initial, metrics
 from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib
 from glscl_jax.types import Params
@@ -68,10 +68,6 @@ class Evaluate(Protocol):
     """Returns a mapping whose "metrics" hold i2t_r1 .. t2i_r10."""
 
 
-# Path -> (parameters, lineage): what train.init_from names.
-ReadParams = Callable[[str], tuple[Params, Mapping[str, Any]]]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
   """What must be there before anything is computed."""
@@ -91,16 +87,6 @@ class Summary:
   metrics: dict[str, float]  # of the last step, and of the last validation
   seconds: dict[str, float]  # by purpose; "train" is what is left
   stopped_by: int | None = None  # number of the signal that ended it early
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Merge:
-  """What `train.init_from` brought, by parameter name."""
-
-  loaded: tuple[str, ...]
-  missing: tuple[str, ...]  # in this model only
-  unexpected: tuple[str, ...]  # in the file only
-  reshaped: tuple[str, ...]  # in both, of different shape: not loaded
 
 
 class Stop:
@@ -188,67 +174,12 @@ def open_inputs(config: config_lib.Config) -> Inputs:
   )
 
 
-def read_work_dir(path: str) -> tuple[Params, dict[str, Any]]:
-  """Parameters and lineage of a work dir DIR or of DIR/checkpoints/STEP.
-
-  STEP is as for `checkpoint.find_step`; DIR alone means "auto".
-  """
-  place, step = pathlib.Path(path).absolute(), "auto"
-  if place.parent.name == "checkpoints":
-    place, step = place.parent.parent, place.name
-  found = checkpoint.restore_params(place, step=step)
-  return found.params, found.lineage
-
-
-def read_initial(
-  config: config_lib.Config, inputs: Inputs, read_params: ReadParams
-) -> tuple[Params, dict[str, Any]]:
-  """Parameters and lineage of what `train.init_from` names.
-
-  Raises:
-    CheckpointError: it was trained with another tokenizer. Word tables of
-      one shape would load, and their rows stand for other words.
-  """
-  params, lineage = read_params(config.train.init_from)
-  there, here = lineage["tokenizer_sha256"], inputs.tokenizer.sha256
-  if there != here:
-    raise checkpoint.CheckpointError(
-      f"config.train.init_from: {config.train.init_from} was trained with "
-      f"another tokenizer: sha256 {there[:12]} there, {here[:12]} now "
-      f"({inputs.tokenizer_path}). Set config.data.tokenizer to the copy in "
-      "that work dir or export."
-    )
-  return params, dict(lineage)
-
-
-def keep_init_from(
-  config: config_lib.Config,
-  workdir: str | os.PathLike[str],
-  *,
-  warn: Callable[[str], None],
-) -> config_lib.Config:
-  """`config` with the `train.init_from` that a run to continue began with."""
-  if not checkpoint.list_steps(workdir):
-    return config
-  stored = checkpoint.read_meta(workdir)["config"]["train"]["init_from"]
-  asked = config.train.init_from
-  if asked == stored:
-    return config
-  warn(
-    f"config.train.init_from: {asked!r} now, but {workdir} began with "
-    f"{stored!r}, which is kept: a run that continues reads neither"
-  )
-  return dataclasses.replace(
-    config, train=dataclasses.replace(config.train, init_from=stored)
-  )
-
-
 def train(
   config: config_lib.Config,
   workdir: str | os.PathLike[str],
   *,
   evaluate: Evaluate | None = None,
-  read_params: ReadParams = read_work_dir,
+  read_params: initial.ReadParams = initial.read_work_dir,
   stream: TextIO | None = None,
 ) -> Summary:
   """Trains until `config.train.num_steps`, or continues to it.
@@ -301,7 +232,7 @@ def _start(
   config: config_lib.Config,
   workdir: pathlib.Path,
   *,
-  read_params: ReadParams,
+  read_params: initial.ReadParams,
   log: metrics.RunLog,
   stack: contextlib.ExitStack,
 ) -> _Run:
@@ -310,12 +241,14 @@ def _start(
   with clock("start"):
     inputs = open_inputs(config)
     stack.callback(inputs.iterator.close)
-    config = keep_init_from(config, workdir, warn=log.warning)
-    initial, init_lineage = None, None
+    config = initial.keep_init_from(config, workdir, warn=log.warning)
+    loaded, init_lineage = None, None
     if checkpoint.list_steps(workdir):
       init_lineage = checkpoint.read_meta(workdir)["lineage"]["init_from"]
     elif config.train.init_from:
-      initial, init_lineage = read_initial(config, inputs, read_params)
+      loaded, init_lineage = initial.read_initial(
+        config, inputs.tokenizer, inputs.tokenizer_path, read_params
+      )
     checkpointer = checkpoint.Checkpointer(
       workdir,
       config=config,
@@ -329,7 +262,7 @@ def _start(
     stack.callback(checkpointer.close)
     _write_inputs(config, workdir, inputs)
     log.info(config_lib.to_json(config))
-    state, start_step = _make_state(config, inputs, checkpointer, initial, log)
+    state, start_step = _make_state(config, inputs, checkpointer, loaded, log)
     writer = metrics.MetricWriter(
       workdir,
       config=config,
@@ -354,10 +287,10 @@ def _make_state(
   config: config_lib.Config,
   inputs: Inputs,
   checkpointer: checkpoint.Checkpointer,
-  initial: Params | None,
+  loaded: Params | None,
   log: metrics.RunLog,
 ) -> tuple[state_lib.TrainState, int]:
-  """The restored state, or a fresh one with what `initial` brings."""
+  """The restored state, or a fresh one with what `loaded` brings."""
   abstract = state_lib.abstract_state(config, inputs.mesh)
   for line in sharding.find_undivided(abstract.params, inputs.mesh):
     log.warning(line)
@@ -369,11 +302,11 @@ def _make_state(
   state = state_lib.make_state(config, inputs.mesh)
   count = sum(x.size for x in jax.tree.leaves(state.params))
   log.info(f"new run with {count:,} parameters")
-  if initial is not None:
-    params, merge = merge_params(state.params, initial)
+  if loaded is not None:
+    params, merge = initial.merge_params(state.params, loaded)
     state = dataclasses.replace(state, params=params)
-    log.info(format_merge(config.train.init_from, merge))
-    check_merge(config.train.init_from, merge)
+    log.info(initial.format_merge(config.train.init_from, merge))
+    initial.check_merge(config.train.init_from, merge)
   return state, 0
 
 
@@ -628,59 +561,6 @@ def _validate(
   firsts = [value for name, value in found.items() if name.endswith("_r1")]
   found[checkpoint.BEST_METRIC] = float(np.mean(firsts))
   return found
-
-
-def merge_params(params: Params, loaded: Params) -> tuple[Params, Merge]:
-  """Replaces the parameters whose name and shape agree.
-
-  Args:
-    params: of a fresh state; decides names, types and shardings.
-    loaded: any nested dict of arrays.
-  """
-  there = checkpoint.flatten(loaded)
-  here = checkpoint.flatten(params)
-  same = {
-    name
-    for name in here.keys() & there.keys()
-    if here[name].shape == there[name].shape
-  }
-
-  def choose(name: str, leaf: jax.Array) -> jax.Array:
-    if name not in same:
-      return leaf
-    array = np.asarray(there[name], dtype=leaf.dtype)
-    return jax.make_array_from_callback(
-      leaf.shape, leaf.sharding, lambda index: array[index]
-    )
-
-  return sharding.map_with_name(choose, params), Merge(
-    loaded=tuple(sorted(same)),
-    missing=tuple(sorted(here.keys() - there.keys())),
-    unexpected=tuple(sorted(there.keys() - here.keys())),
-    reshaped=tuple(sorted((here.keys() & there.keys()) - same)),
-  )
-
-
-def check_merge(path: str, merge: Merge) -> None:
-  """Raises CheckpointError where nothing could be loaded."""
-  if not merge.loaded:
-    raise checkpoint.CheckpointError(
-      f"config.train.init_from: nothing of {path} fits this model: no "
-      "parameter has the same name and shape"
-    )
-
-
-def format_merge(path: str, merge: Merge) -> str:
-  """Counts, and the names of everything that was not loaded."""
-  lines = [f"init_from {path}: {len(merge.loaded)} parameters loaded"]
-  for label, names in (
-    ("missing there, new here", merge.missing),
-    ("unexpected there, left out", merge.unexpected),
-    ("of another shape, new here", merge.reshaped),
-  ):
-    listed = f": {', '.join(names)}" if names else ""
-    lines.append(f"  {len(names)} {label}{listed}")
-  return "\n".join(lines)
 
 
 def format_advice(workdir: pathlib.Path, latest: int | None) -> str:
