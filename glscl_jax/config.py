@@ -53,6 +53,15 @@ def _check_not_negative(config: Any, *names: str) -> None:
     _check(value >= 0, name, f"must not be negative, is {value}")
 
 
+def _check_depth(encoder: VisionConfig | TextConfig) -> None:
+  _check_not_negative(encoder, "depth")
+  _check(
+    encoder.depth > 0 or encoder.class_state == "mean",
+    "depth",
+    "0: without blocks the first token sees no other; set class_state to mean",
+  )
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
   """A CLIP-style ViT (SCL/GLSCL): pre-norm, ln_pre, ln_post on all tokens."""
@@ -60,7 +69,8 @@ class VisionConfig:
   image_size: int = 288  # R, pixels; images are square
   patch_size: int = 16  # p, pixels; divides image_size
   width: int = 768  # D
-  depth: int = 11  # CLIP's last block is dropped, as METER and SCL do
+  depth: int = 11  # CLIP's last block is dropped, as METER and SCL do; 0: the
+  # embeddings alone, with a stem a convolutional encoder [choice]
   activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
   norm_eps: float = 1e-5
   mask_token_std: float = 1.0  # N(0, std) init of the learned patch vector
@@ -71,7 +81,8 @@ class VisionConfig:
   # takes the place of the class token's [choice]
 
   def __post_init__(self):
-    _check_positive(self, "image_size", "patch_size", "width", "depth")
+    _check_positive(self, "image_size", "patch_size", "width")
+    _check_depth(self)
     _check(
       self.image_size % self.patch_size == 0,
       "patch_size",
@@ -108,7 +119,7 @@ class TextConfig:
   vocab_size: int = 50265  # V; must equal the tokenizer's
   max_length: int = 50  # L, with both special tokens
   width: int = 768  # D
-  depth: int = 12
+  depth: int = 12  # 0: the embeddings alone, a bag of words [choice]
   class_state: Literal["token", "mean"] = "token"  # mean: of the other valid
   # states takes the place of the first token's [choice]
   num_positions: int = 514  # real tokens use rows 2, 3, ..; pads use row 1
@@ -116,7 +127,8 @@ class TextConfig:
   dropout: float = 0.1
 
   def __post_init__(self):
-    _check_positive(self, "vocab_size", "width", "depth")
+    _check_positive(self, "vocab_size", "width")
+    _check_depth(self)
     _check_ratio(self, "dropout")
     _check(self.max_length >= 3, "max_length", "needs room for 3 tokens")
     _check(

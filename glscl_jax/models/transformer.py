@@ -145,7 +145,7 @@ REMAT_POLICIES = {
 
 
 class Stack(nn.Module):
-  """`depth` equal blocks, one after the other.
+  """`depth` equal blocks, one after the other; none hand the carry on.
 
   `make_block` builds a block with `parent=None`; its `__call__(carry,
   *context)` returns the next carry.
@@ -158,6 +158,8 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(self, carry: Any, *context: Any) -> Any:
+    if not self.depth:
+      return carry
     block = self.make_block()
     layers_N = self.param("layers", self._init_layers)
     drops = self.has_rng("dropout")
