@@ -14,6 +14,8 @@ from absl import flags
 
 from tests import shape_suffixes
 
+shape_suffixes.install("glscl_jax")
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = str(ROOT / "glscl_jax") + os.sep
 GOLDEN = ROOT / "tests" / "golden"

@@ -4,27 +4,28 @@ A local variable `x_BTD` must have rank 3; within one call every `B` is the
 same size; a digit is the size itself (`mask_B11L`). `watch` looks at the
 locals of every function of one folder at the moment it returns, tracers
 included, so the check also works under jit, grad, vmap, scan and eval_shape.
+
+`install` makes that moment visible: it compiles a package so that each
+`return x` is `return __returning__(x)`. A trace function would see the same
+returns, but also every call inside of jax, which doubles the time of tracing.
 Outside of tests nothing of this runs.
 """
 
 from __future__ import annotations
 
+import ast
 import collections
 import contextlib
-import dis
+import importlib.machinery
+import importlib.util
 import re
 import sys
-import threading
 import types
 from collections.abc import Iterator
 from typing import Any
 
 _SUFFIX = re.compile(r"_([A-Z0-9]*[A-Z][A-Z0-9]*)$")
-_RETURN_OPCODES = {
-  dis.opmap[name]
-  for name in ("RETURN_VALUE", "RETURN_CONST")
-  if name in dis.opmap
-}
+_HOOK = "__returning__"
 
 
 def mistakes_in(variables: dict[str, Any], suffixes: dict[str, str]) -> list:
@@ -81,66 +82,92 @@ class Watch:
       self.mistakes[f"{place}: {mistake}"] = None
 
 
+_active: list[Watch] = []  # the innermost is the last
+
+
 @contextlib.contextmanager
 def watch(folder: str) -> Iterator[Watch]:
   """Watches the calls of this block; read `.mistakes` after it."""
   found = Watch(folder)
-  start = _monitor if hasattr(sys, "monitoring") else _trace
-  with start(found):
+  _active.append(found)
+  try:
     yield found
+  finally:
+    _active.remove(found)
 
 
-@contextlib.contextmanager
-def _trace(found: Watch) -> Iterator[None]:
-  """Python 3.11: a trace function, local to the frames of the folder."""
+def _returning(value: Any = None) -> Any:
+  """What every function of an installed package calls before it returns."""
+  if _active:
+    frame = sys._getframe(1)
+    if _active[-1].suffixes(frame.f_code):
+      _active[-1].check(frame)
+  return value
 
-  def on_call(frame, _, __):
-    code = frame.f_code
-    if not code.co_filename.startswith(folder) or not found.suffixes(code):
+
+class _Rewriter(ast.NodeTransformer):
+  """Passes what functions return through the hook; lines stay as they are.
+
+  A call that an exception unwinds does not get there: its locals may be what
+  the function has just refused.
+  """
+
+  def _hooked(self, value: ast.expr | None, place: ast.AST) -> ast.Call:
+    call = ast.Call(
+      ast.Name(_HOOK, ast.Load()), [value] if value else [], keywords=[]
+    )
+    return ast.fix_missing_locations(ast.copy_location(call, place))
+
+  def visit_Return(self, node: ast.Return) -> ast.Return:
+    self.generic_visit(node)
+    node.value = self._hooked(node.value, node)
+    return node
+
+  def visit_Lambda(self, node: ast.Lambda) -> ast.Lambda:
+    self.generic_visit(node)
+    node.body = self._hooked(node.body, node.body)
+    return node
+
+  def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+    self.generic_visit(node)
+    last = node.body[-1]  # the end of a function returns, too
+    if not isinstance(last, ast.Return):
+      end = ast.Expr(self._hooked(None, last))
+      node.body.append(ast.copy_location(end, last))
+    return node
+
+
+class Loader(importlib.machinery.SourceFileLoader):
+  """Loads a module so that its returns can be watched."""
+
+  def get_code(self, fullname: str) -> types.CodeType:
+    path = self.get_filename(fullname)
+    tree = _Rewriter().visit(ast.parse(self.get_data(path), path))
+    return compile(tree, path, "exec", dont_inherit=True)
+
+  def exec_module(self, module: types.ModuleType) -> None:
+    setattr(module, _HOOK, _returning)
+    super().exec_module(module)
+
+
+class _Finder:
+  """Finds the modules of one package for the loader above."""
+
+  def __init__(self, package: str):
+    self.package = package
+
+  def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+    if name.partition(".")[0] != self.package:
       return None
-    frame.f_trace_lines = False
-    return on_event
-
-  def on_event(frame, event, _):
-    # An exception that unwinds a call is a "return" event too, and then the
-    # locals may be what a function has just refused.
-    if (
-      event == "return"
-      and frame.f_code.co_code[frame.f_lasti] in _RETURN_OPCODES
-    ):
-      found.check(frame)
-    return on_event
-
-  folder = found.folder
-  before = sys.gettrace()
-  threading.settrace(on_call)
-  sys.settrace(on_call)
-  try:
-    yield
-  finally:
-    sys.settrace(before)
-    threading.settrace(None)
+    spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+    if spec and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+      spec.loader = Loader(name, spec.origin)
+    return spec
 
 
-@contextlib.contextmanager
-def _monitor(found: Watch) -> Iterator[None]:
-  """Python 3.12 and newer: events that switch themselves off elsewhere."""
-  monitoring = sys.monitoring
-  event = monitoring.events.PY_RETURN
-  tool = next(n for n in range(5, -1, -1) if not monitoring.get_tool(n))
-
-  def on_return(code, _, __):
-    if not found.suffixes(code):
-      return monitoring.DISABLE
-    found.check(sys._getframe(1))
-
-  monitoring.use_tool_id(tool, "shape suffixes")
-  monitoring.register_callback(tool, event, on_return)
-  monitoring.set_events(tool, event)
-  monitoring.restart_events()
-  try:
-    yield
-  finally:
-    monitoring.set_events(tool, 0)
-    monitoring.register_callback(tool, event, None)
-    monitoring.free_tool_id(tool)
+def install(package: str) -> None:
+  """Makes the functions of a package visible to `watch`, before its import."""
+  assert package not in sys.modules, f"{package} has been imported already"
+  sys.meta_path.insert(0, _Finder(package))
+  spec = importlib.util.find_spec(package)
+  assert spec and isinstance(spec.loader, Loader), f"{package} was not found"
