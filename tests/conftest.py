@@ -7,6 +7,15 @@ import pathlib
 
 # Before jax is imported anywhere. Processes that a test starts inherit it.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most programs are small and run a few times: compiling them well costs more
+# than it saves. Flags from outside come last and win.
+os.environ["XLA_FLAGS"] = " ".join(
+  (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    os.environ.get("XLA_FLAGS", ""),
+  )
+)
 
 import jax
 import pytest

@@ -16,14 +16,6 @@ from glscl_jax.types import Batch
 START, PAD, END = 0, 1, 2
 FIRST_PLAIN = 4  # ids below are special; so is the last one, the mask
 
-# Small programs run once or twice: compiling them well costs more than it
-# saves.
-QUICK = {
-  "xla_backend_optimization_level": 0,
-  "xla_llvm_disable_expensive_passes": True,
-}
-once = functools.partial(jax.jit, compiler_options=QUICK)
-
 
 def config(
   *,
@@ -188,7 +180,7 @@ def change(batch: Batch, **fields: np.ndarray) -> Batch:
 
 def params(config: config_lib.Config, *, seed: int = 0):
   """Fresh parameters."""
-  return once(functools.partial(glscl.init, config))(jax.random.key(seed))
+  return jax.jit(functools.partial(glscl.init, config))(jax.random.key(seed))
 
 
 def spread_params(
@@ -212,7 +204,7 @@ def spread_params(
 @functools.cache
 def loss_function(config: config_lib.Config):
   """Compiled `(params, batch, key) -> LossOutput`, once per configuration."""
-  return once(
+  return jax.jit(
     lambda params, batch, key: glscl.loss(params, batch, config=config, key=key)
   )
 
@@ -225,7 +217,7 @@ def gradient_function(config: config_lib.Config):
     output = glscl.loss(params, batch, config=config, key=key)
     return output.loss, output.metrics
 
-  return once(jax.grad(scalar, has_aux=True))
+  return jax.jit(jax.grad(scalar, has_aux=True))
 
 
 def difference(a, b) -> float:

@@ -66,7 +66,7 @@ class Run:
 def fresh(config=CONFIG):
   """The state every mesh starts from, on the host."""
   create = functools.partial(state_lib.create, config)
-  return jax.tree.map(np.asarray, random_pairs.once(create)())
+  return jax.tree.map(np.asarray, jax.jit(create)())
 
 
 def first_gradients(opt_state, config):
@@ -92,11 +92,7 @@ def train(shape, config=CONFIG, num_steps=3):
   batch = jax.device_put(
     random_pairs.batch(config), sharding.batch_sharding(mesh)
   )
-  step = (
-    step_lib.make_train_step(config, mesh)
-    .lower(abstract, batch)
-    .compile(compiler_options=random_pairs.QUICK)
-  )
+  step = step_lib.make_train_step(config, mesh).lower(abstract, batch).compile()
   state = jax.device_put(
     fresh(config), jax.tree.map(lambda s: s.sharding, abstract)
   )

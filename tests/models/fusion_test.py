@@ -20,7 +20,7 @@ def model():
     x_BTD, y_BID = module.head(streams, valid_BT)
     return module.pool(x_BTD[:, 0], y_BID[:, 0])
 
-  init = random_pairs.once(lambda *a: module.init(*a, method=everything))
+  init = jax.jit(lambda *a: module.init(*a, method=everything))
   params = init(jax.random.key(0), *inputs())
   return module.bind(
     jax.tree.map(lambda x: x * 10 if x.ndim > 1 else x, params)
@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def head(model):
-  return random_pairs.once(model.head)
+  return jax.jit(model.head)
 
 
 def inputs():
@@ -43,7 +43,7 @@ def inputs():
 def test_both_streams_read_the_old_values_of_the_other(model, head):
   x_BTD, valid_BT, y_BID = inputs()
   text, image = head((x_BTD, y_BID), valid_BT)
-  expected = random_pairs.once(
+  expected = jax.jit(
     lambda: (
       model.last.text(x_BTD, y_BID, valid_BT, None),
       model.last.image(y_BID, x_BTD, None, valid_BT),
@@ -56,12 +56,12 @@ def test_both_streams_read_the_old_values_of_the_other(model, head):
 def test_streams_have_their_own_type_and_weights(model):
   x_BTD, valid_BT, y_BID = inputs()
   type_2D = model.type_embedding()
-  text, image = random_pairs.once(model.body)(x_BTD, valid_BT, y_BID)
+  text, image = jax.jit(model.body)(x_BTD, valid_BT, y_BID)
   streams = (
     x_BTD + type_2D[0][None, None],
     y_BID + type_2D[1][None, None],
   )
-  expected = random_pairs.once(lambda *a: model.stack(*a))(streams, valid_BT)
+  expected = jax.jit(lambda *a: model.stack(*a))(streams, valid_BT)
   np.testing.assert_allclose(text, expected[0], atol=1e-5)
   np.testing.assert_allclose(image, expected[1], atol=1e-5)
   last = model.variables["params"]["last"]
@@ -133,6 +133,6 @@ def test_the_pooled_pair_is_text_then_image(model):
 
 def test_attention_maps_are_text_by_image(model):
   x_BTD, valid_BT, y_BID = inputs()
-  p_BHTI = random_pairs.once(model.attention)((x_BTD, y_BID), valid_BT)
+  p_BHTI = jax.jit(model.attention)((x_BTD, y_BID), valid_BT)
   assert p_BHTI.shape == (2, 1, 4, 3)
   np.testing.assert_allclose(p_BHTI.sum(axis=-1), 1.0, rtol=1e-6)

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from glscl_jax.models import heads, products
-from tests import random_pairs
 
 
 def init(module, x):
-  return random_pairs.once(module.init)(jax.random.key(0), x)["params"]
+  return jax.jit(module.init)(jax.random.key(0), x)["params"]
 
 
 def test_projection_starts_with_the_framework_default_spread():

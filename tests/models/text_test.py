@@ -12,7 +12,7 @@ VALID = np.array([[True, True, True, False], [True, True, True, True]])
 def encoder():
   module = text.TextEncoder(random_pairs.config(depth=2).model)
   ids_BT = np.array([[0, 9, 2, 1], [0, 7, 8, 2]], np.int32)
-  params = random_pairs.once(module.init)(jax.random.key(0), ids_BT, VALID)
+  params = jax.jit(module.init)(jax.random.key(0), ids_BT, VALID)
   params = jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, params)
   return module, params, ids_BT
 
@@ -26,7 +26,7 @@ def test_positions_count_valid_tokens_from_two_and_pads_are_one():
 def test_positions_do_not_look_at_ids(encoder):
   # A token whose id is that of the pad still counts as a token.
   module, params, ids_BT = encoder
-  run = random_pairs.once(module.apply)
+  run = jax.jit(module.apply)
   pad_inside_BT = ids_BT.copy()
   pad_inside_BT[1, 1] = random_pairs.PAD
   changed = run(params, pad_inside_BT, VALID)
@@ -36,7 +36,7 @@ def test_positions_do_not_look_at_ids(encoder):
 def test_what_stands_in_the_padding_changes_no_real_state(encoder):
   module, params, ids_BT = encoder
   other_BT = np.where(VALID, ids_BT, 33).astype(np.int32)
-  run = random_pairs.once(module.apply)
+  run = jax.jit(module.apply)
   states = [np.asarray(run(params, ids, VALID)) for ids in (ids_BT, other_BT)]
   np.testing.assert_array_equal(states[0][VALID], states[1][VALID])
   assert not np.array_equal(states[0][~VALID], states[1][~VALID])
@@ -44,7 +44,7 @@ def test_what_stands_in_the_padding_changes_no_real_state(encoder):
 
 def test_longer_padding_changes_no_real_state(encoder):
   module, params, ids_BT = encoder
-  run = random_pairs.once(module.apply)
+  run = jax.jit(module.apply)
   short = np.asarray(run(params, ids_BT, VALID))
   pad = ((0, 0), (0, 3))
   long_ids_BT = np.pad(ids_BT, pad, constant_values=1)
@@ -54,7 +54,7 @@ def test_longer_padding_changes_no_real_state(encoder):
 
 def test_word_order_matters(encoder):
   module, params, ids_BT = encoder
-  run = random_pairs.once(module.apply)
+  run = jax.jit(module.apply)
   swapped_BT = ids_BT[:, [0, 2, 1, 3]]
   states = (
     run(params, ids_BT, VALID)[1, 0],
@@ -67,8 +67,8 @@ def test_the_class_state_can_be_the_mean_of_the_other_valid_states(encoder):
   token, params, ids_BT = encoder
   config = random_pairs.config(depth=2, text={"class_state": "mean"})
   module = text.TextEncoder(config.model)
-  states_BTD = np.asarray(random_pairs.once(token.apply)(params, ids_BT, VALID))
-  mean_BTD = np.asarray(random_pairs.once(module.apply)(params, ids_BT, VALID))
+  states_BTD = np.asarray(jax.jit(token.apply)(params, ids_BT, VALID))
+  mean_BTD = np.asarray(jax.jit(module.apply)(params, ids_BT, VALID))
   np.testing.assert_array_equal(mean_BTD[:, 1:], states_BTD[:, 1:])
   for b, count in enumerate(VALID.sum(axis=1)):
     np.testing.assert_allclose(

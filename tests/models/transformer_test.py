@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from glscl_jax.models import transformer
-from tests import random_pairs
 
 WIDTH, DEPTH = 64, 3
 
@@ -47,7 +46,7 @@ def value_and_gradient(stack, params, inputs, dropout_key=None):
     y_BLD = stack.apply(params, *inputs, rngs=rngs)
     return jnp.sum(jnp.sin(y_BLD)), y_BLD
 
-  return random_pairs.once(jax.grad(value, has_aux=True))(params)
+  return jax.jit(jax.grad(value, has_aux=True))(params)
 
 
 def assert_same(expected, found):
@@ -98,22 +97,20 @@ def test_layers_start_different(params):
 
 def test_dropout_needs_a_key_and_repeats_with_it(params, inputs):
   stack = make_stack(dropout=0.5)
-  run = random_pairs.once(
-    lambda k: stack.apply(params, *inputs, rngs={"dropout": k})
-  )
+  run = jax.jit(lambda k: stack.apply(params, *inputs, rngs={"dropout": k}))
   first = run(jax.random.key(0))
   assert np.array_equal(first, run(jax.random.key(0)))
   assert not np.array_equal(first, run(jax.random.key(1)))
-  without = random_pairs.once(stack.apply)(params, *inputs)
+  without = jax.jit(stack.apply)(params, *inputs)
   assert not np.array_equal(first, without)
-  plain = random_pairs.once(make_stack().apply)(params, *inputs)
+  plain = jax.jit(make_stack().apply)(params, *inputs)
   np.testing.assert_array_equal(without, plain)
 
 
 def test_padding_does_not_reach_real_rows(params, inputs):
   x_BLD, valid_BL = inputs
   other_BLD = np.where(valid_BL[:, :, None], x_BLD, x_BLD + 9.0)
-  run = random_pairs.once(make_stack().apply)
+  run = jax.jit(make_stack().apply)
   rows = [np.asarray(run(params, x, valid_BL)) for x in (x_BLD, other_BLD)]
   np.testing.assert_array_equal(rows[0][valid_BL], rows[1][valid_BL])
   assert not np.array_equal(rows[0], rows[1])
@@ -134,7 +131,7 @@ def test_only_the_last_matrices_of_residual_branches_may_start_at_zero(
   module = block(
     width=WIDTH, dtype="float32", eps=1e-5, zero_residual=zero, **options
   )
-  params = random_pairs.once(module.init)(key, *module.example())["params"]
+  params = jax.jit(module.init)(key, *module.example())["params"]
   zeros = {
     f"{branch}/{name}"
     for branch in ("attention", "mlp")
@@ -153,14 +150,14 @@ def cross_block():
   )
   valid_BL = np.arange(5)[None] < np.array([5, 3])[:, None]
   arguments = x_BLD, context_BMD, valid_BL, None
-  init = random_pairs.once(block.init)
+  init = jax.jit(block.init)
   return block, init(jax.random.key(0), *arguments), arguments
 
 
 def test_asking_for_some_rows_gives_the_same_rows(cross_block):
   block, params, arguments = cross_block
   rows_BQ = np.array([[0, 3], [2, 0]], np.int32)
-  run = random_pairs.once(block.apply)
+  run = jax.jit(block.apply)
   whole_BLD = np.asarray(run(params, *arguments))
   some_BQD = run(params, *arguments, rows_BQ)
   np.testing.assert_allclose(
@@ -172,7 +169,7 @@ def test_asking_for_some_rows_gives_the_same_rows(cross_block):
 
 def test_cross_attention_maps_are_those_of_the_context(cross_block):
   block, params, arguments = cross_block
-  run = random_pairs.once(
+  run = jax.jit(
     functools.partial(block.apply, method=block.cross_probabilities)
   )
   p_BHLM = run(params, *arguments)

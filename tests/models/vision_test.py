@@ -19,9 +19,7 @@ def encoder():
     return module.encode(module.hide(x_BID, jnp.zeros((1, 1), jnp.int32)))
 
   image_BYXC = jnp.zeros((1, 32, 32, 3))
-  init = random_pairs.once(
-    lambda k: module.init(k, image_BYXC, method=everything)
-  )
+  init = jax.jit(lambda k: module.init(k, image_BYXC, method=everything))
   return module.bind(init(jax.random.key(0)))
 
 

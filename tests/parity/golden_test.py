@@ -44,13 +44,6 @@ UPDATE_TOLERANCE = 1e-3  # relative
 TABLE_UPDATE_TOLERANCE = 2e-3  # relative, arrays of vocabulary size
 NOISE = 1e-6  # gradients that are zero on paper stay below
 
-# Each program runs once: compiling it well costs more than it saves.
-COMPILE = {
-  "xla_backend_optimization_level": 0,
-  "xla_llvm_disable_expensive_passes": True,
-}
-once = functools.partial(jax.jit, compiler_options=COMPILE)
-
 NORM_SCALES = re.compile(
   r".*(LayerNorm\.weight|ln_1\.weight|ln_2\.weight|ln_pre\.weight"
   r"|ln_post\.weight|_proj\.1\.weight|_classifier\.1\.weight)"
@@ -238,7 +231,7 @@ def run_pretrain(golden: Golden) -> Step:
   )
   batch = make_batch(golden.inputs)
 
-  @once
+  @jax.jit
   def step(params, batch):
     def loss(params):
       output = glscl.loss(params, batch, config=config, key=key)
@@ -298,7 +291,7 @@ def run_passes(config: Config, params: dict, batch: Batch) -> dict:
     }
     return named | {"itm_logits": logits}
 
-  @once
+  @jax.jit
   def run(params):
     return Towers(config.model).apply({"params": params}, method=method)
 
@@ -455,7 +448,7 @@ def test_norms_of_the_first_adamw_update_equal_the_published_ones(step):
   settings = step.config.optimizer
   transform = optimizer.make_optimizer(settings, step.config.train.num_steps)
 
-  @once
+  @jax.jit
   def change(params, grads):
     updates, _ = transform.update(grads, transform.init(params), params)
     # As measured on the published code: float32 parameters after - before.
@@ -509,7 +502,7 @@ def test_shared_passes_equal_the_published_ones(step):
   config, batch = step.config, step.batch
   plan = glscl.make_plan(config.objectives)
 
-  @once
+  @jax.jit
   def run(params):
     def method(model):
       encoded = glscl.encode(model, batch, plan, config, jax.random.key(0))

@@ -15,15 +15,6 @@ from glscl_jax.types import Batch
 
 B, T, R, VOCAB = 4, 8, 32, 50
 
-# Each program runs once or twice: compiling it well does not pay.
-once = functools.partial(
-  jax.jit,
-  compiler_options={
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-  },
-)
-
 
 def make_config(model=None, fusion=None, **objectives) -> config_lib.Config:
   """One head wide, two layers deep, no dropout."""
@@ -99,7 +90,7 @@ def init(config):
 
 
 def losses(config, params) -> dict[str, np.ndarray]:
-  @once
+  @jax.jit
   def run(params, batch):
     return glscl.loss(
       params, batch, config=config, key=jax.random.key(1)
@@ -163,7 +154,7 @@ def test_clean_completion_targets_cost_one_more_pass(few):
 
 
 def loss_and_grads(config, params):
-  @once
+  @jax.jit
   def run(params, batch):
     def loss(params):
       key = jax.random.key(1)

@@ -59,7 +59,7 @@ def image_states(encoder, changed_patch=None):
 
 @functools.cache
 def _encode_images(config):
-  return random_pairs.once(
+  return jax.jit(
     lambda params, batch: Towers(config.model).apply(
       {"params": params},
       method=lambda model: glscl.encode_images(
@@ -124,7 +124,7 @@ def test_completion_targets_are_constants(normal, monkeypatch):
   def scalar(params, batch, key):
     return glscl.loss(params, batch, config=CONFIG, key=key).loss
 
-  constants = random_pairs.once(jax.grad(scalar))(PARAMS, BATCH, KEY)
+  constants = jax.jit(jax.grad(scalar))(PARAMS, BATCH, KEY)
   assert random_pairs.difference(constants, normal[0]) < 1e-6
 
 
@@ -315,9 +315,9 @@ def test_dropout_follows_the_key_and_is_off_in_evaluation():
   assert first != float(run(params, BATCH, jax.random.key(6)).loss)
 
   def encode(config):
-    return random_pairs.once(
-      functools.partial(glscl.encode_text, config=config)
-    )(params, BATCH.text_ids_BT, BATCH.text_valid_BT)
+    return jax.jit(functools.partial(glscl.encode_text, config=config))(
+      params, BATCH.text_ids_BT, BATCH.text_valid_BT
+    )
 
   without = dataclasses.replace(
     config, model=random_pairs.config(dropout=0.0).model
@@ -327,7 +327,7 @@ def test_dropout_follows_the_key_and_is_off_in_evaluation():
 
 def test_evaluation_encodes_what_training_contrasts():
   # ITC of the step, from the vectors that retrieval ranks by.
-  @random_pairs.once
+  @jax.jit
   def vectors(params, batch):
     x_BTD = glscl.encode_text(
       params, batch.text_ids_BT, batch.text_valid_BT, config=CONFIG

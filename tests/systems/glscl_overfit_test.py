@@ -84,10 +84,10 @@ def trained():
   train_step = (
     step_lib.make_train_step(CONFIG, mesh)
     .lower(state_lib.abstract_state(CONFIG, mesh), batch)
-    .compile(compiler_options=random_pairs.QUICK)
+    .compile()
   )
   state = jax.device_put(
-    random_pairs.once(lambda: state_lib.create(CONFIG))(),
+    jax.jit(lambda: state_lib.create(CONFIG))(),
     sharding.replicated(mesh),
   )
 
@@ -133,7 +133,7 @@ def ranks(score_BB):
 def scores(trained):
   """Text by image: similarity of vectors, and ITM of all pairs."""
 
-  @random_pairs.once
+  @jax.jit
   def compute(params, batch):
     valid_BT = batch.text_valid_BT
     x_BTD = glscl.encode_text(

@@ -34,7 +34,7 @@ def train_step(mesh, batch):
   lowered = step_lib.make_train_step(CONFIG, mesh).lower(
     state_lib.abstract_state(CONFIG, mesh), batch
   )
-  return lowered.compile(compiler_options=random_pairs.QUICK)
+  return lowered.compile()
 
 
 @pytest.fixture(scope="module")
