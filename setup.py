@@ -38,7 +38,7 @@ setuptools.setup(
   packages=setuptools.find_packages(include=["glscl_jax", "glscl_jax.*"]),
   install_requires=REQUIREMENTS,
   extras_require={
-    "test": ["pytest>=9,<10", "ruff==0.17.5"],
+    "test": ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "ruff==0.17.5"],
     "wandb": ["wandb>=0.18"],
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],

@@ -2,6 +2,8 @@
 # Installs into .venv what is missing and runs the test suite.
 #
 #   bash launch/test.sh [pytest arguments]      # e.g. tests/data -x
+#
+# Tests run in two processes; -n 0 runs them in this one.
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -160,7 +160,15 @@ def test_every_module_of_the_package_is_watched():
 def test_a_mistake_in_the_package_fails_the_test_that_meets_it(tmp_path):
   (tmp_path / "planted_test.py").write_text(PLANTED)
   root = pathlib.Path(__file__).parents[1]
-  command = [sys.executable, "-m", "pytest", "-q", "-c", "pyproject.toml"]
+  command = [
+    sys.executable,
+    "-m",
+    "pytest",
+    "-q",
+    "-n0",
+    "-c",
+    "pyproject.toml",
+  ]
   plugin = ["-p", "tests.conftest", str(tmp_path), "--rootdir", str(tmp_path)]
   run = subprocess.run(
     [*command, *plugin],
