@@ -10,32 +10,33 @@ Two stages, as in the papers, which start from CLIP and RoBERTa weights:
 
 from glscl_jax import config as config_lib
 
-TOWERS_STEPS = 2400
-GLSCL_STEPS = 300
+TOWERS_STEPS = 2000
+GLSCL_STEPS = 200
 
 
 def get_config(stage: str = "glscl"):
-  """48 px, 36 patches, width 256; every choice here is ours [choice]."""
+  """64 px, 16 patches, width 256; every choice here is ours [choice]."""
   config = config_lib.to_config_dict(config_lib.Config())
 
-  # 4,350 drawings do not teach a patch matrix what a shape is: convolutions
-  # and averages start with it.
+  # 4,350 drawings do not teach a patch matrix what a shape is, nor attention
+  # where to look: convolutions, averages and bags of words start with it. What
+  # attends are the fusion layers.
   vision = config.model.vision
-  vision.image_size = 48
-  vision.patch_size = 8
+  vision.image_size = 64
+  vision.patch_size = 16
   vision.width = 256
-  vision.depth = 1
-  vision.stem = (64, 128)
-  vision.stem_blocks = (1, 1)
+  vision.depth = 0
+  vision.stem = (32, 128, 256)
+  vision.stem_blocks = (1, 1, 1)
   vision.class_state = "mean"
   vision.mask_token_std = 0.02
 
   text = config.model.text
   text.vocab_size = 2000
-  text.max_length = 16  # names have at most 11 tokens
+  text.max_length = 24
   text.num_positions = 32
-  text.width = 128
-  text.depth = 1
+  text.width = 256
+  text.depth = 0
   text.class_state = "mean"
   text.dropout = 0.0  # at this size noise drowns the difference of two names
 
@@ -47,7 +48,7 @@ def get_config(stage: str = "glscl"):
   config.model.joint_width = 128
   config.model.joint_projection = "linear"
   config.model.zero_residual = True
-  config.model.init_std = 0.06  # 0.02 is for width 768: std ~ width**-0.5
+  config.model.init_std = 0.02  # small tables of words turn faster
   config.model.remat = "none"
   config.model.scan = False
 
@@ -82,11 +83,14 @@ def get_config(stage: str = "glscl"):
     config.optimizer.learning_rate = 2e-3
     config.optimizer.fusion_multiplier = 1.0  # here only the two transforms
     config.train.num_steps = TOWERS_STEPS
-    config.train.eval_every = TOWERS_STEPS // 6
+    config.train.eval_every = TOWERS_STEPS // 5
   elif stage == "glscl":
-    config.optimizer.learning_rate = 3e-4  # of the towers; fusion x 5
+    # The towers are trained, the fusion layers begin: they move ten times more.
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.fusion_multiplier = 10.0
+    config.optimizer.head_multiplier = 10.0
     config.train.num_steps = GLSCL_STEPS
-    config.train.eval_every = GLSCL_STEPS // 3
+    config.train.eval_every = GLSCL_STEPS // 2
   else:
     raise ValueError(f"quickstart.py:{stage}: the stages are towers and glscl")
   config.train.save_every = config.train.eval_every

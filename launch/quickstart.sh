@@ -50,9 +50,9 @@ train_arguments=("$@")
 plan="
 install:install:2
 data:data:1
-towers:training:14
-glscl:training:10
-evaluate:evaluation:5
+towers:training:15
+glscl:training:5
+evaluate:evaluation:2
 export:report:1
 report:report:1
 "

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -74,3 +76,22 @@ def test_the_class_state_can_be_the_mean_of_the_other_valid_states(encoder):
     np.testing.assert_allclose(
       mean_BTD[b, 0], states_BTD[b, 1:count].mean(axis=0), rtol=1e-5, atol=1e-6
     )
+
+
+def test_without_blocks_states_are_the_embeddings_and_their_mean(key):
+  model = random_pairs.config().model
+  bag = dataclasses.replace(model.text, depth=0, class_state="mean")
+  module = text.TextEncoder(dataclasses.replace(model, text=bag))
+  ids_BT = np.array([[0, 9, 2, 1]], np.int32)
+  params = jax.jit(module.init)(key, ids_BT, VALID[:1])
+  assert "blocks" not in params["params"]
+  states_TD = jax.jit(module.apply)(params, ids_BT, VALID[:1])[0]
+  np.testing.assert_allclose(
+    states_TD[0], np.mean(states_TD[1:3], axis=0), atol=1e-6
+  )
+  # Each state depends on its own word only.
+  other_TD = jax.jit(module.apply)(
+    params, np.array([[0, 8, 2, 1]], np.int32), VALID[:1]
+  )[0]
+  np.testing.assert_array_equal(other_TD[2], states_TD[2])
+  assert not np.array_equal(other_TD[1], states_TD[1])
