@@ -166,9 +166,21 @@ add_seconds() {
 on_exit() {
   local code=$?
   [ -z "$name" ] || add_seconds
-  [ $code -eq 0 ] || printf \
-    '[quickstart] stopped in stage %s (code %s); the same command continues\n' \
-    "${name:-none}" "$code" >&2
+  [ $code -eq 0 ] || printf '[quickstart] stopped in stage %s (code %s); %s\n' \
+    "${name:-none}" "$code" "$(next_step "$code")" >&2
+}
+
+# With code 2 a program has named a mistake, which a second start would meet
+# again: train.py continues no run of another recipe, such as an older one.
+next_step() {
+  case $1-$name in
+  2-towers | 2-glscl)
+    printf 'mend what the error names; where the recipe has changed since'
+    printf ' this run began, take --workdir=NEW, or remove %s' "$work"
+    ;;
+  2-*) printf 'mend it, then the same command continues' ;;
+  *) printf 'the same command continues' ;;
+  esac
 }
 
 show_times() {

@@ -28,7 +28,7 @@ made = {
 made.mkdir(parents=True, exist_ok=True)
 if os.environ["FAIL"] == name:
   (made / "half").write_text("x")
-  sys.exit(130)
+  sys.exit(int(os.environ["CODE"]))
 if name == "train":
   (work / "config.json").write_text("{}")
 files = {"prepare": "manifest.json", "report": "report.html"}
@@ -52,13 +52,13 @@ def clone(tmp_path):
   return tmp_path
 
 
-def start(clone, *arguments, fail="", cwd=None):
+def start(clone, *arguments, fail="", code=130, cwd=None):
   """Runs the script; returns the process and the programs it started."""
   (clone / "starts").write_text("")
   run = subprocess.run(
     ["bash", str(clone / "launch" / "quickstart.sh"), *arguments],
     cwd=cwd or clone,
-    env={**os.environ, "FAIL": fail},
+    env={**os.environ, "FAIL": fail, "CODE": str(code)},
     stdin=subprocess.DEVNULL,
     capture_output=True,
     text=True,
@@ -97,11 +97,8 @@ def test_a_stage_that_was_stopped_is_the_first_of_the_next_start(clone, name):
   assert started[-1] == name
   run, started, _ = start(clone)
   assert run.returncode == 0
-  assert (
-    started == ALL
-    if name == "prepare"
-    else ["prepare"] + ALL[ALL.index(name) :]
-  )
+  again = ALL if name == "prepare" else ["prepare", *ALL[ALL.index(name) :]]
+  assert started == again
 
 
 @pytest.mark.parametrize(
@@ -124,11 +121,29 @@ def test_a_damaged_output_is_made_again(clone, path, again, damage):
   assert file.read_text()
 
 
-def test_a_changed_recipe_reaches_every_later_stage(clone):
+def test_no_output_of_another_recipe_file_counts_as_whole(clone):
   start(clone)
   (clone / "configs" / "quickstart.py").write_text("# other recipe\n")
   _, started, _ = start(clone)
   assert started == ALL
+
+
+def test_a_run_that_train_refuses_to_continue_comes_with_what_to_do(clone):
+  start(clone)
+  (clone / "configs" / "quickstart.py").write_text("# other recipe\n")
+  run, started, _ = start(clone, fail="train", code=2)
+  assert run.returncode == 2
+  assert started == ["prepare", "train"]
+  work = clone / "runs/quickstart-seed0"
+  assert f"--workdir=NEW, or remove {work}" in run.stderr
+  assert "the same command continues" not in run.stderr
+
+
+def test_a_mistake_of_another_stage_is_not_blamed_on_the_recipe(clone):
+  run, _, _ = start(clone, fail="evaluate", code=2)
+  assert run.returncode == 2
+  assert "--workdir=NEW" not in run.stderr
+  assert "mend it, then the same command continues" in run.stderr
 
 
 def test_a_stage_that_makes_nothing_fails(clone):
