@@ -115,7 +115,9 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     lower_bound=1,
     flag_values=values,
   )
-  return command_line.parse(values, argv, doc=__doc__, required=["workdir"])
+  return command_line.parse(
+    values, argv, doc=__doc__, required=["workdir", "rerank"]
+  )
 
 
 class Progress:
@@ -210,6 +212,7 @@ def evaluate(
   *,
   data_dir: str,
   splits: list[str],
+  captions: retrieval_set.CaptionChoice,
   protocols: list[retrieval.Protocol],
   output: pathlib.Path,
   batch_size: int,
@@ -230,7 +233,7 @@ def evaluate(
     progress = Progress(f"[{number}/{len(splits)}] {split}")
     encodings = retrieval.encode(
       params,
-      retrieval_set.read(data_dir, split, captions=protocols[0].captions),
+      retrieval_set.read(data_dir, split, captions=captions),
       config=model.config,
       tokenizer=text_tokenizer,
       batch_size=batch_size,
@@ -301,6 +304,7 @@ def _run(values: flags.FlagValues) -> int:
     model,
     data_dir=data_dir,
     splits=choose_splits(data_dir, values.splits),
+    captions=values.captions,
     protocols=protocols,
     output=output,
     batch_size=values.batch_size,

@@ -13,112 +13,159 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from glscl_jax import command_line
-from glscl_jax.data import pairs, prepare
+from glscl_jax.data import prepare
 
-_SOURCE = flags.DEFINE_enum(
-  "source", "emoji", ["emoji", "jsonl"], "What to make the pairs from."
-)
-_INPUT = flags.DEFINE_string(
-  "input",
-  "",
-  "emoji: folder of npm tarballs, filled where they are missing (default: "
-  "`npm` beside the output). jsonl: the file.",
-)
-_OUTPUT = flags.DEFINE_string(
-  "output", None, "The data directory to make.", required=True
-)
-_TOKENIZER = flags.DEFINE_string(
-  "tokenizer", "", "Tokenizer file (.model or .json) to copy."
-)
-_TRAIN_TOKENIZER = flags.DEFINE_boolean(
-  "train_tokenizer",
-  None,
-  "Train a sentencepiece tokenizer on the captions of the split `train` "
-  "(default: where there is that split and no --tokenizer).",
-)
-_VOCAB_SIZE = flags.DEFINE_integer(
-  "vocab_size", 2000, "Bound of the tokenizer trained here.", lower_bound=8
-)
-_SIZE = flags.DEFINE_integer(
-  "size", 96, "emoji: pixels of a side of a drawing.", lower_bound=8
-)
-_NPM = flags.DEFINE_string("npm", "", "emoji: the npm program.")
-_NUM_PROCESSES = flags.DEFINE_integer(
-  "num_processes", 2, "emoji: processes that render.", lower_bound=1
-)
-_SPLIT = flags.DEFINE_string(
-  "split", "train", "jsonl: split of the lines that name none."
-)
-_IMAGE_ROOT = flags.DEFINE_string(
-  "image_root", "", "jsonl: folder of the images (default: the file's)."
-)
-_MAX_REJECT_SHARE = flags.DEFINE_float(
-  "max_reject_share",
-  0.01,
-  "jsonl: share of unusable lines above which nothing is written.",
-  lower_bound=0.0,
-  upper_bound=1.0,
-)
+# The flags that only one source reads.
+READ_BY = {
+  "emoji": ("size", "npm", "num_processes"),
+  "jsonl": ("split", "image_root", "max_reject_share"),
+}
 
 
-def _prepare() -> dict[str, Any]:
-  vocabulary = prepare.Vocabulary(
-    file=_TOKENIZER.value,
-    train=_TRAIN_TOKENIZER.value,
-    size=_VOCAB_SIZE.value,
+def parse(argv: Sequence[str]) -> flags.FlagValues:
+  """Reads the command line.
+
+  Raises:
+    absl.flags.Error: anything that is wrong with it.
+  """
+  # Not the global FLAGS, so that one process may parse several times.
+  values = flags.FlagValues()
+  flags.DEFINE_enum(
+    "source",
+    "emoji",
+    list(READ_BY),
+    "What to make the pairs from.",
+    flag_values=values,
   )
-  output = pathlib.Path(_OUTPUT.value)
-  if _SOURCE.value == "emoji":
+  flags.DEFINE_string(
+    "input",
+    "",
+    "emoji: folder of npm tarballs, filled where they are missing (default: "
+    "`npm` beside the output). jsonl: the file.",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "output", None, "The data directory to make.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "tokenizer",
+    "",
+    "Tokenizer file (.model or .json) to copy.",
+    flag_values=values,
+  )
+  flags.DEFINE_boolean(
+    "train_tokenizer",
+    None,
+    "Train a sentencepiece tokenizer on the captions of the split `train` "
+    "(default: where there is that split and no --tokenizer).",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "vocab_size",
+    2000,
+    "Bound of the tokenizer trained here.",
+    lower_bound=8,
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "size",
+    96,
+    "emoji: pixels of a side of a drawing.",
+    lower_bound=8,
+    flag_values=values,
+  )
+  flags.DEFINE_string("npm", "", "emoji: the npm program.", flag_values=values)
+  flags.DEFINE_integer(
+    "num_processes",
+    2,
+    "emoji: processes that render.",
+    lower_bound=1,
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "split",
+    "train",
+    "jsonl: split of the lines that name none.",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "image_root",
+    "",
+    "jsonl: folder of the images (default: the file's).",
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    "max_reject_share",
+    0.01,
+    "jsonl: share of unusable lines above which nothing is written.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+    flag_values=values,
+  )
+  command_line.parse(values, argv, doc=__doc__, required=["output"])
+  _check_needed(values)
+  return values
+
+
+def _check_needed(values: flags.FlagValues) -> None:
+  """Raises absl.flags.Error for a flag too few, or one that changes nothing."""
+  if values.source == "jsonl" and not values.input:
+    raise flags.Error("--source=jsonl needs --input=FILE")
+  for source, names in READ_BY.items():
+    for name in names:
+      if values[name].present and source != values.source:
+        raise flags.Error(f"--{name} is read by --source={source} only")
+  trains = values.train_tokenizer is not False and not values.tokenizer
+  if values["vocab_size"].present and not trains:
+    raise flags.Error("--vocab_size is of a tokenizer that is trained here")
+
+
+def _prepare(values: flags.FlagValues) -> dict[str, Any]:
+  vocabulary = prepare.Vocabulary(
+    file=values.tokenizer,
+    train=values.train_tokenizer,
+    size=values.vocab_size,
+  )
+  output = pathlib.Path(values.output)
+  if values.source == "emoji":
     return prepare.prepare_emoji(
       output,
-      cache=_INPUT.value or output.absolute().parent / "npm",
-      size=_SIZE.value,
-      npm=_NPM.value,
+      cache=values.input or output.absolute().parent / "npm",
+      size=values.size,
+      npm=values.npm,
       vocabulary=vocabulary,
-      num_processes=_NUM_PROCESSES.value,
+      num_processes=values.num_processes,
     )
-  if not _INPUT.value:
-    raise pairs.DataError("--source=jsonl needs --input=FILE")
   return prepare.prepare_jsonl(
     output,
-    path=_INPUT.value,
-    image_root=_IMAGE_ROOT.value,
-    split=_SPLIT.value,
-    max_reject_share=_MAX_REJECT_SHARE.value,
+    path=values.input,
+    image_root=values.image_root,
+    split=values.split,
+    max_reject_share=values.max_reject_share,
     vocabulary=vocabulary,
   )
 
 
-def _run() -> int:
+def main(argv: Sequence[str]) -> int:
+  """Runs the command line `argv` and returns the exit code."""
+  return command_line.run(lambda: _run(parse(argv)))
+
+
+def _run(values: flags.FlagValues) -> int:
   try:
-    manifest = _prepare()
+    manifest = _prepare(values)
   except KeyboardInterrupt:
     print("stopped; the same command begins again", file=sys.stderr)
     return 130
-  print(prepare.describe(_OUTPUT.value, manifest))
+  print(prepare.describe(values.output, manifest))
   return 0
 
 
-def main(argv: list[str]) -> None:
-  """Makes the directory and prints what is in it."""
-  del argv
-  sys.exit(command_line.run(_run))
-
-
-def _parse(argv: list[str]) -> list[str]:
-  def check() -> int:
-    command_line.check_rest(flags.FLAGS(argv))
-    return 0
-
-  if code := command_line.run(check):
-    sys.exit(code)
-  return argv[:1]
-
-
 if __name__ == "__main__":
-  app.run(main, flags_parser=_parse)
+  sys.exit(main(sys.argv))

@@ -109,6 +109,8 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   for name, value in (("config", config), ("workdir", values.workdir)):
     if not value:
       raise config_lib.ConfigError(f"--{name} is missing; see --help")
+  if values.compile and not values.dry_run:
+    raise flags.Error("--compile goes with --dry_run: training compiles anyway")
   return values
 
 

@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
+
+from launch import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 START = """
@@ -36,3 +39,11 @@ def test_the_process_begins_anew_before_it_imports_what_is_slow():
   )
   assert done.returncode == 7, done.stderr
   assert done.stdout == "\n"
+
+
+def test_compile_without_a_dry_run_is_refused(tmp_path):
+  arguments = ["launch/train.py", f"--workdir={tmp_path}", "--compile"]
+  arguments.append(f"--config={ROOT / 'configs' / 'tiny.py'}")
+  assert train.parse([*arguments, "--dry_run"]).compile
+  with pytest.raises(flags.Error, match="--compile goes with --dry_run"):
+    train.parse(arguments)

@@ -1,0 +1,51 @@
+"""The command line of launch/prepare.py; what it makes: tests/data."""
+
+import pytest
+from absl import flags
+
+from launch import prepare
+
+
+def parse(*arguments):
+  return prepare.parse(["launch/prepare.py", "--output=data", *arguments])
+
+
+EMOJI = ["--size=48", "--npm=/bin/npm", "--num_processes=1"]
+JSONL = ["--split=test", "--image_root=x", "--max_reject_share=0.5"]
+FILE = ["--source=jsonl", "--input=pairs.jsonl"]
+
+
+def test_each_source_takes_its_own_flags():
+  assert parse(*EMOJI).size == 48
+  assert parse(*FILE, *JSONL).split == "test"
+
+
+@pytest.mark.parametrize("flag", EMOJI)
+def test_jsonl_refuses_what_only_emoji_reads(flag):
+  with pytest.raises(flags.Error, match="is read by --source=emoji only"):
+    parse(*FILE, flag)
+
+
+@pytest.mark.parametrize("flag", JSONL)
+def test_emoji_refuses_what_only_jsonl_reads(flag):
+  with pytest.raises(flags.Error, match="is read by --source=jsonl only"):
+    parse(flag)
+
+
+@pytest.mark.parametrize("flag", ["--tokenizer=t.model", "--notrain_tokenizer"])
+def test_a_vocabulary_size_without_a_training_is_refused(flag):
+  with pytest.raises(flags.Error, match="--vocab_size"):
+    parse("--vocab_size=40", flag)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--source=jsonl", "--output=x"], "error: --source=jsonl needs --input="),
+    ([], "error: --output is missing"),
+    (["--sorce=emoji"], "error: Unknown command line flag 'sorce'"),
+  ],
+)
+def test_a_mistake_ends_with_one_line_and_code_2(arguments, message, capsys):
+  assert prepare.main(["launch/prepare.py", *arguments]) == 2
+  assert capsys.readouterr().err.startswith(message)
