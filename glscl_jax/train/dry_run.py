@@ -17,7 +17,7 @@ from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.data import pipeline
 from glscl_jax.systems import flops
-from glscl_jax.train import checkpoint, initial, loop, metrics
+from glscl_jax.train import checkpoint, initial, journal, loop, metrics
 from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib
 from glscl_jax.types import Batch
@@ -82,7 +82,7 @@ def dry_run(
   lowered = step_lib.make_train_step(config, inputs.mesh).lower(abstract, batch)
   say(format_memory(config, abstract, batch, inputs.mesh))
   if compile_step:
-    say(_format_compiled(lowered.compile()))
+    say(f"compiled, a device: {journal.format_memory(lowered.compile())}")
   say("dry run: a start would reach its first step")
 
 
@@ -170,17 +170,6 @@ def _residual_bytes(
     elif not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       total += leaf.size * leaf.dtype.itemsize
   return total
-
-
-def _format_compiled(compiled: jax.stages.Compiled) -> str:
-  analysis = compiled.memory_analysis()
-  if analysis is None:
-    return "compiled; this backend gives no memory figures"
-  return (
-    "compiled, a device: "
-    f"{analysis.argument_size_in_bytes / MIB:.1f} MiB state and batch, "
-    f"{analysis.temp_size_in_bytes / MIB:.1f} MiB temporary"
-  )
 
 
 def _check_workdir(

@@ -15,7 +15,6 @@ Invariants:
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import logging
@@ -33,23 +32,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from glscl_jax import config as config_lib
-from glscl_jax import errors, sharding
+from glscl_jax import sharding
 from glscl_jax.data import pairs, pipeline, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
-from glscl_jax.systems import flops
-from glscl_jax.train import checkpoint, initial, metrics
+from glscl_jax.train import checkpoint, initial, journal, metrics
 from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib
-from glscl_jax.types import Params
+from glscl_jax.types import Batch, Params
 
-LINE_SECONDS = 60.0  # off a terminal a line at least this often
-WINDOW = 10  # steps that a speed is the mean of, at least
 RECALLS = (1, 5, 10)
-PROFILE_AFTER = 10  # steps of this process before the trace starts
-
-
-class TrainError(errors.UserError):
-  """Training cannot go on; the message says what to change."""
 
 
 class Evaluate(Protocol):
@@ -77,16 +68,6 @@ class Inputs:
   tokenizer_path: pathlib.Path
   iterator: pipeline.TrainIterator
   data_facts: dict[str, Any]  # for the lineage
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
-  """How a call of `train` ended."""
-
-  step: int  # updates done in all
-  metrics: dict[str, float]  # of the last step, and of the last validation
-  seconds: dict[str, float]  # by purpose; "train" is what is left
-  stopped_by: int | None = None  # number of the signal that ended it early
 
 
 class Stop:
@@ -181,7 +162,7 @@ def train(
   evaluate: Evaluate | None = None,
   read_params: initial.ReadParams = initial.read_work_dir,
   stream: TextIO | None = None,
-) -> Summary:
+) -> journal.Summary:
   """Trains until `config.train.num_steps`, or continues to it.
 
   Args:
@@ -192,8 +173,8 @@ def train(
     stream: for people; standard output when None.
 
   Raises:
-    UserError: a start that cannot work, or (TrainError, BadDataError) a run
-      that cannot go on.
+    UserError: a start that cannot work, or (journal.TrainError, BadDataError)
+      a run that cannot go on.
   """
   workdir = pathlib.Path(workdir).absolute()
   if config.train.eval_every and evaluate is None:
@@ -227,6 +208,24 @@ class _Run:
   log: metrics.RunLog
   clock: metrics.Clock
 
+  def make_journal(self) -> journal.Journal:
+    return journal.Journal(
+      self.config,
+      workdir=self.workdir,
+      checkpointer=self.checkpointer,
+      writer=self.writer,
+      log=self.log,
+      clock=self.clock,
+    )
+
+  def make_profile(self) -> journal.Profile:
+    return journal.Profile(
+      self.workdir,
+      log=self.log,
+      step=self.start_step,
+      num_steps=self.config.train.profile_steps,
+    )
+
 
 def _start(
   config: config_lib.Config,
@@ -242,13 +241,7 @@ def _start(
     inputs = open_inputs(config)
     stack.callback(inputs.iterator.close)
     config = initial.keep_init_from(config, workdir, warn=log.warning)
-    loaded, init_lineage = None, None
-    if checkpoint.list_steps(workdir):
-      init_lineage = checkpoint.read_meta(workdir)["lineage"]["init_from"]
-    elif config.train.init_from:
-      loaded, init_lineage = initial.read_initial(
-        config, inputs.tokenizer, inputs.tokenizer_path, read_params
-      )
+    loaded, init_lineage = _read_initial(config, workdir, inputs, read_params)
     checkpointer = checkpoint.Checkpointer(
       workdir,
       config=config,
@@ -283,6 +276,22 @@ def _start(
   )
 
 
+def _read_initial(
+  config: config_lib.Config,
+  workdir: pathlib.Path,
+  inputs: Inputs,
+  read_params: initial.ReadParams,
+) -> tuple[Params | None, Mapping[str, Any] | None]:
+  """What `train.init_from` brings to a new run, and where it comes from."""
+  if checkpoint.list_steps(workdir):
+    return None, checkpoint.read_meta(workdir)["lineage"]["init_from"]
+  if not config.train.init_from:
+    return None, None
+  return initial.read_initial(
+    config, inputs.tokenizer, inputs.tokenizer_path, read_params
+  )
+
+
 def _make_state(
   config: config_lib.Config,
   inputs: Inputs,
@@ -310,29 +319,26 @@ def _make_state(
   return state, 0
 
 
-def _run_steps(run: _Run, *, evaluate: Evaluate | None, stop: Stop) -> Summary:
+def _run_steps(
+  run: _Run, *, evaluate: Evaluate | None, stop: Stop
+) -> journal.Summary:
   """Everything from the first step to the summary."""
-  config, clock, log = run.config, run.clock, run.log
+  config, clock, mesh = run.config, run.clock, run.inputs.mesh
   num_steps = config.train.num_steps
-  train_step = step_lib.make_train_step(config, run.inputs.mesh)
-  iterator, mesh = run.inputs.iterator, run.inputs.mesh
-  report = _Report(run)
+  train_step = step_lib.make_train_step(config, mesh)
+  report = run.make_journal()
   state, step = run.state, run.start_step
   compiled = None
   saved, scores = run.start_step, {}
-  with _Profile(run) as profile:
+  with run.make_profile() as profile:
     while step < num_steps and not stop.asked(step):
-      try:
-        with clock("data"):
-          batch = pipeline.global_batch(next(iterator), mesh)
-      except Exception:
-        if stop.number is None:
-          raise
-        break  # Ctrl-C reached the worker processes as well
+      batch = _next_batch(run, stop)
+      if batch is None:
+        break
       if compiled is None:
         with clock("compile"):
           compiled = train_step.lower(state, batch).compile()
-        report.start(_memory_note(compiled))
+        report.start(step, compiled, mesh)
       with jax.transfer_guard("disallow"):
         state, step_metrics = compiled(state, batch)
       step += 1
@@ -352,15 +358,26 @@ def _run_steps(run: _Run, *, evaluate: Evaluate | None, stop: Stop) -> Summary:
       _save(run, step, state, None)
   with clock("save"):
     run.checkpointer.wait()
-  summary = Summary(
+  summary = journal.Summary(
     step=step,
     metrics={**report.last, **scores},
     seconds=_split_time(clock),
     stopped_by=stop.number if step < num_steps else None,
   )
-  log.info(format_summary(summary, run.start_step))
+  run.log.info(journal.format_summary(summary, run.start_step))
   _log_data_report(run)
   return summary
+
+
+def _next_batch(run: _Run, stop: Stop) -> Batch | None:
+  """The next global batch; None where Ctrl-C ended the worker processes."""
+  try:
+    with run.clock("data"):
+      return pipeline.global_batch(next(run.inputs.iterator), run.inputs.mesh)
+  except Exception:
+    if stop.number is None:
+      raise
+    return None
 
 
 def _save(
@@ -377,163 +394,6 @@ def _save(
       metrics=scored,
     )
   return step
-
-
-class _Report:
-  """Turns device scalars into lines, one step late."""
-
-  def __init__(self, run: _Run):
-    self.last: dict[str, float] = {}
-    self._run = run
-    self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
-    self._extra: dict[str, float] = {}
-    self._peak = metrics.Peak(flops=None, source="")
-    self._flops = flops.flops_per_sample(run.config)
-    # Step, busy seconds, data seconds at the lines that speeds look back to.
-    self._marks: collections.deque[tuple[int, float, float]] = (
-      collections.deque()
-    )
-    self._began: tuple[int, float] | None = None
-    self._last_line = 0.0
-
-  def start(self, note: str) -> None:
-    """Called once, when the step is compiled and about to run."""
-    run = self._run
-    self._peak = metrics.find_peak(
-      list(run.inputs.mesh.devices.flat),
-      compute_dtype=run.config.model.compute_dtype,
-    )
-    run.log.info(
-      f"step compiled in {run.clock.total('compile'):.1f} s{note}; "
-      f"{self._flops / 1e9:.3f} GFLOP a sample; MFU against "
-      f"{self._peak.source}"
-    )
-    self._marks.append((run.start_step, *self._times()))
-    self._began = (run.start_step, run.clock.elapsed())
-
-  def add(self, step: int, values: Mapping[str, jax.Array]) -> None:
-    """Takes the scalars of a dispatched step, writes those of the one before.
-
-    Raises:
-      TrainError: too many steps had a non-finite loss or gradient.
-    """
-    self.flush()
-    self._pending = (step, values)
-
-  def attach(self, extra: Mapping[str, float]) -> None:
-    """Adds a validation's values to the line of the pending step."""
-    self._extra = dict(extra)
-
-  def flush(self) -> None:
-    """Fetches and writes what is pending."""
-    if self._pending is None:
-      return
-    step, values = self._pending
-    self._pending = None
-    numbers = {k: float(v) for k, v in jax.device_get(dict(values)).items()}
-    self.last = numbers
-    config = self._run.config
-    num_steps = config.train.num_steps
-    logged = step in (1, num_steps) or step % config.train.log_every == 0
-    speed = self._speed(step, numbers)
-    clock = self._run.clock.elapsed()
-    late = clock - self._last_line > LINE_SECONDS
-    self._run.log.progress(
-      metrics.format_progress(speed), logged=logged or late
-    )
-    if logged or late:
-      self._last_line = clock
-    if logged or self._extra:
-      mfu = {} if speed.mfu is None else {"mfu": speed.mfu}
-      self._run.writer.write(
-        step,
-        {
-          **numbers,
-          **self._extra,
-          "samples_per_second": speed.samples_per_second,
-          "data_wait": speed.data_wait,
-          **mfu,
-        },
-      )
-      self._mark(step)
-    if self._extra:
-      self._run.log.info(_format_scores(step, self._extra))
-      self._extra = {}
-    self._check_finite(step, numbers)
-
-  def _check_finite(self, step: int, numbers: Mapping[str, float]) -> None:
-    limit = self._run.config.optimizer.max_skips
-    if numbers["num_skipped"] >= limit:
-      raise TrainError(
-        f"step {step}: {numbers['num_skipped']:.0f} steps had a loss or "
-        "gradient that is not finite and were skipped "
-        f"(optimizer.max_skips = {limit}). "
-        + format_advice(self._run.workdir, self._run.checkpointer.latest_step)
-      )
-
-  def _mark(self, step: int) -> None:
-    """Forgets the marks that are older than the last WINDOW steps need."""
-    self._marks.append((step, *self._times()))
-    while len(self._marks) > 1 and step - self._marks[1][0] >= WINDOW:
-      self._marks.popleft()
-
-  def _speed(self, step: int, numbers: Mapping[str, float]) -> metrics.Progress:
-    config = self._run.config
-    first, busy_then, data_then = self._marks[0]
-    busy, data = self._times()
-    busy_spent = max(busy - busy_then, 1e-9)
-    rate = (step - first) * config.data.batch_size / busy_spent
-    began_step, began = self._began
-    per_step = (self._run.clock.elapsed() - began) / max(1, step - began_step)
-    return metrics.Progress(
-      step=step,
-      num_steps=config.train.num_steps,
-      loss=numbers["loss"],
-      samples_per_second=rate,
-      seconds_left=per_step * (config.train.num_steps - step),
-      mfu=(
-        None
-        if self._peak.flops is None
-        else rate * self._flops / self._peak.flops
-      ),
-      data_wait=min(1.0, (data - data_then) / busy_spent),
-    )
-
-  def _times(self) -> tuple[float, float]:
-    """Seconds of training and, among them, of waiting for batches."""
-    clock = self._run.clock
-    other = sum(clock.total(name) for name in ("compile", "eval", "save"))
-    return clock.elapsed() - other, clock.total("data")
-
-
-class _Profile:
-  """Traces `train.profile_steps` steps into workdir/profile."""
-
-  def __init__(self, run: _Run):
-    self._run = run
-    self._first = run.start_step + PROFILE_AFTER
-    self._open = False
-
-  def __enter__(self) -> _Profile:
-    return self
-
-  def after(self, step: int) -> None:
-    """Starts or ends the trace when its time has come."""
-    num_steps = self._run.config.train.profile_steps
-    if num_steps and step == self._first:
-      jax.profiler.start_trace(str(self._run.workdir / "profile"))
-      self._open = True
-    elif self._open and step == self._first + num_steps:
-      self._end()
-
-  def __exit__(self, *error: object) -> None:
-    if self._open:
-      self._end()
-
-  def _end(self) -> None:
-    jax.profiler.stop_trace()
-    self._open = False
-    self._run.log.info(f"profile written to {self._run.workdir / 'profile'}")
 
 
 def _due(step: int, every: int, last: bool) -> bool:
@@ -563,50 +423,6 @@ def _validate(
   return found
 
 
-def format_advice(workdir: pathlib.Path, latest: int | None) -> str:
-  """What to do about losses that are not finite.
-
-  Args:
-    workdir: of the run; one with checkpoints takes no other optimizer.
-    latest: its last checkpoint, or None.
-  """
-  where = (
-    "start again"
-    if latest is None
-    else "start in another --workdir with "
-    f"--config.train.init_from={workdir}/checkpoints/{latest}"
-  )
-  return (
-    f"Look at the data, or {where} and a lower optimizer.learning_rate or an "
-    "optimizer.clip_norm."
-  )
-
-
-def format_summary(summary: Summary, start_step: int) -> str:
-  """Where the run ended, where the time went, and how to go on."""
-  spent = ", ".join(
-    f"{name} {metrics.format_duration(seconds)}"
-    for name, seconds in summary.seconds.items()
-  )
-  done = f"{summary.step - start_step} steps in this call, time: {spent}"
-  if summary.stopped_by is None:
-    return f"finished at step {summary.step}; {done}"
-  name = signal.Signals(summary.stopped_by).name
-  return (
-    f"stopped by {name} after step {summary.step}, which is saved; {done}\n"
-    "the same command continues from there"
-  )
-
-
-def _format_scores(step: int, scores: Mapping[str, float]) -> str:
-  shown = ", ".join(
-    f"{name.removeprefix('eval/')} {value:.4f}"
-    for name, value in scores.items()
-    if name.endswith("_r1")
-  )
-  return f"validation at step {step}: {shown}"
-
-
 def _split_time(clock: metrics.Clock) -> dict[str, float]:
   names = ("start", "compile", "data", "eval", "save")
   spent = {name: clock.total(name) for name in names}
@@ -614,23 +430,9 @@ def _split_time(clock: metrics.Clock) -> dict[str, float]:
   return {"train": rest, **spent}
 
 
-def _memory_note(compiled: jax.stages.Compiled) -> str:
-  """Bytes a device needs for one step, where the compiler tells."""
-  analysis = compiled.memory_analysis()
-  if analysis is None:
-    return ""
-  temporary = analysis.temp_size_in_bytes / 2**20
-  lasting = analysis.argument_size_in_bytes / 2**20
-  return f", {lasting:.0f} MiB state and batch, {temporary:.0f} MiB temporary"
-
-
 def _log_data_report(run: _Run) -> None:
   report = run.inputs.iterator.report()
-  text = (
-    f"data: {report['rows']} rows, {report['truncated']} captions cut to "
-    f"{run.config.model.text.max_length} tokens, {report['bad_rows']} rows "
-    f"that replaced bad records ({len(report['bad_records'])} distinct)"
-  )
+  text = journal.format_data_report(report, run.config.model.text.max_length)
   if report["bad_rows"]:
     run.log.warning(text)
   else:

@@ -1,0 +1,60 @@
+"""The texts of a run, and its speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+
+import pytest
+
+from glscl_jax import config as config_lib
+from glscl_jax.train import journal, metrics
+
+
+def test_speed_leaves_out_what_is_no_training_and_forgets_old_steps():
+  config = config_lib.Config()
+  batch = config.data.batch_size
+  config = dataclasses.replace(
+    config, train=dataclasses.replace(config.train, num_steps=100)
+  )
+  time = [0.0]
+  clock = metrics.Clock(now=lambda: time[0])
+  peak = metrics.Peak(flops=None, source="")
+  speed = journal.Speed(config, clock, peak, step=0)
+  for step in range(1, 21):
+    with clock("data"):
+      time[0] += 0.5
+    time[0] += 1.5
+    with clock("eval"):
+      time[0] += 2.0
+    speed.mark(step)
+  for _ in range(10):  # twice as fast, without a line
+    time[0] += 1.0
+  now = speed.measure(30, loss=1.0)
+  # Over steps 10 to 30: ten of 2 s, ten of 1 s, and a quarter of the former
+  # was waiting. Time left counts validation as well: 90 s for 30 steps.
+  assert now.samples_per_second == pytest.approx(20 * batch / 30)
+  assert now.data_wait == pytest.approx(5 / 30)
+  assert now.seconds_left == pytest.approx(70 * 90 / 30)
+  assert now.mfu is None
+
+
+def test_advice_on_losses_that_are_not_finite_can_be_followed(tmp_path):
+  assert f"init_from={tmp_path}/checkpoints/7 and a lower" in (
+    journal.format_advice(tmp_path, 7)
+  )
+  first = journal.format_advice(tmp_path, None)
+  assert "start again and a lower" in first and "None" not in first
+
+
+def test_the_summary_of_a_stopped_run_says_how_to_go_on():
+  summary = journal.Summary(
+    step=7,
+    metrics={},
+    seconds={"train": 65.0, "save": 1.0},
+    stopped_by=signal.SIGTERM,
+  )
+  text = journal.format_summary(summary, start_step=4)
+  assert "stopped by SIGTERM after step 7, which is saved" in text
+  assert "3 steps in this call, time: train 1:05, save 0:01" in text
+  assert text.endswith("the same command continues from there")
