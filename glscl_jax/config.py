@@ -319,8 +319,10 @@ class DataConfig:
   num_threads: int = 2
   prefetch: int = 4  # batches
   max_bad_share: float = 0.001  # of rows read; more fails the run
-  identity: Literal["image", "caption"] = "image"  # pairs with the same one are
-  # not each other's negatives; caption: the record's first [choice]
+  identity: Literal["image", "caption"] = "image"  # which pairs show the same,
+  # as objectives.same_image and ITM's negatives take it: image: those of one
+  # image; caption: also those whose records share their first caption that is
+  # not blank, several pictures of one thing [choice]
   mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
   std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
   augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -8,6 +8,8 @@ is a fixed size. Letters name logical dimensions, never the sharded layout.
   K head width       F mlp width         V vocabulary      E joint space
   N layers           Y, X image rows, columns   C colour   P patch values
   J masked items     G group             A any             W words
+
+M also counts the ids of a pair.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Batch:
   """
 
   image_BYXC: jax.Array  # uint8; normalised on the device
-  image_id_B: jax.Array  # int32; equal ids show the same, see data.identity
+  identity_BM: jax.Array  # int32; rows that agree in any column show the same
+  # and are never each other's negatives, see data.identity
   text_ids_BT: jax.Array  # int32
   text_valid_BT: jax.Array  # bool; True where a token (or special) stands
   mlm_ids_BT: jax.Array | None = None  # T_mlm

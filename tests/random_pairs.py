@@ -154,7 +154,7 @@ def sample(
   num_patches = config.model.vision.num_patches
   return {
     "image_BYXC": image_YXC,
-    "image_id_B": np.int32(index),
+    "identity_BM": np.array([index], np.int32),
     "text_ids_BT": ids_T,
     "text_valid_BT": position_T < count + 2,
     "mlm_ids_BT": mlm.ids_T,

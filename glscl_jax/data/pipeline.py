@@ -71,6 +71,18 @@ def make_pairs(source: sources.Source) -> Pairs:
   return Pairs(source, np.cumsum(counts_A, dtype=np.int64))
 
 
+def identity(example: sources.Example, kind: str) -> np.ndarray:
+  """The ids of an example, int32: who shares one with it shows the same.
+
+  Its image; for "caption" also its first caption that is not blank.
+  """
+  ids = [example.image_id]
+  if kind == "caption":
+    name = next(filter(str.strip, example.captions))
+    ids.append(zlib.crc32(name.encode()) >> 1)  # 31 bits: not negative
+  return np.array(ids, np.int32)
+
+
 def mask_kinds(config: config_lib.Config) -> frozenset[str]:
   """Which masks the active objectives read: mlm, scl, keep, token, false.
 
@@ -122,7 +134,7 @@ class RowMaker:
     pair_key = (self.config.data.seed, epoch, pair)
     row = {
       "image_BYXC": self._augment(pair_key, "augment", image_YXC, caption),
-      "image_id_B": self._identity(example),
+      "identity_BM": identity(example, self.config.data.identity),
     }
     row |= self._text(pair_key, caption)
     row |= self._patches(pair_key)
@@ -158,12 +170,6 @@ class RowMaker:
       f"{self.pairs.source.name}: {MAX_TRIES} records drawn one after another"
       f" cannot be used ({names}). Prepare the data again."
     )
-
-  def _identity(self, example: sources.Example) -> np.int32:
-    """Equal for pairs that must not be each other's negatives."""
-    if self.config.data.identity == "image" or not example.captions:
-      return np.int32(example.image_id)
-    return np.int32(zlib.crc32(example.captions[0].encode()) >> 1)
 
   def _augment(
     self,

@@ -18,7 +18,7 @@ def global_completion(
   complete_BD: jax.Array,
   *,
   temperature: float,
-  image_id_B: jax.Array | None = None,
+  identity_BM: jax.Array | None = None,
   same_image: contrastive.SameImage = "ignore",
   group: int | None = None,
 ) -> jax.Array:
@@ -31,7 +31,7 @@ def global_completion(
     masked_BD,
     jax.lax.stop_gradient(complete_BD),
     temperature,
-    image_id_A=image_id_B,
+    identity_AM=identity_BM,
     same_image=same_image,
     group=group,
   )
@@ -44,27 +44,27 @@ def local_completion(
   *,
   temperature: float,
   group: int,
-  image_id_B: jax.Array | None = None,
+  identity_BM: jax.Array | None = None,
   same_image: contrastive.SameImage = "ignore",
 ) -> jax.Array:
   """MLTC = NCE(tokens at masked positions, sg the same tokens complete).
 
   Masked positions of the `group` consecutive samples are flattened: other
   positions of the same sample are negatives. 0 when nothing is masked.
-  same_image "positive" means "ignore" here: another sample of the same image
+  same_image "positive" means "ignore" here: another sample that shows the same
   hides other words or patches, so its tokens are no targets of these.
   """
   if same_image == "positive":
     same_image = "ignore"
   batch, items, width = masked_BJD.shape
   samples_B = jnp.arange(batch, dtype=jnp.int32)
-  image_id_B = samples_B if image_id_B is None else image_id_B
+  identity_BM = samples_B[:, None] if identity_BM is None else identity_BM
   return contrastive.info_nce(
     masked_BJD.reshape(-1, width),
     jax.lax.stop_gradient(complete_BJD).reshape(-1, width),
     temperature,
     valid_A=None if ok_BJ is None else ok_BJ.reshape(-1),
-    image_id_A=jnp.repeat(image_id_B, items),
+    identity_AM=jnp.repeat(identity_BM, items, axis=0),
     sample_A=jnp.repeat(samples_B, items),
     same_image=same_image,
     group=group * items,

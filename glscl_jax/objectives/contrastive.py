@@ -27,6 +27,12 @@ def normalize(x: jax.Array) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.maximum(square, 1e-16))
 
 
+def show_the_same(identity_AM: jax.Array) -> jax.Array:
+  """(A, A) bool: which rows of ids agree in any column."""
+  equal_AAM = identity_AM[:, None, :] == identity_AM[None, :, :]
+  return jnp.any(equal_AAM, axis=-1)
+
+
 def scale_gradient(x: jax.Array, scale: float) -> jax.Array:
   """Identity whose gradient is multiplied by `scale` (published DDP code)."""
   if scale == 1.0:
@@ -41,7 +47,7 @@ def info_nce(
   temperature: jax.Array | float,
   *,
   valid_A: jax.Array | None = None,
-  image_id_A: jax.Array | None = None,
+  identity_AM: jax.Array | None = None,
   sample_A: jax.Array | None = None,
   same_image: SameImage = "ignore",
   group: int | None = None,
@@ -54,11 +60,13 @@ def info_nce(
     key_AE: row i is the positive of query i.
     temperature: a divisor.
     valid_A: rows that count; others leave both sums. None: all.
-    image_id_A: rows with equal ids show the same image. None: all distinct.
+    identity_AM: ids; rows that agree in any column show the same, be it an
+      image or what a name names. None: all distinct.
     sample_A: which sample a row (a token) comes from. Rows of one sample stay
-      each other's negatives although they share an image.
-    same_image: "none" keeps same-image pairs as negatives, "ignore" takes them
-      out of the denominator, "positive" makes them targets of equal weight.
+      each other's negatives although they show the same.
+    same_image: "none" keeps rows that show the same as negatives, "ignore"
+      takes them out of the denominator, "positive" makes them targets of equal
+      weight.
     group: consecutive rows contrasted with each other; losses of groups are
       averaged. None, or more than there are: all rows.
     reduce: "sum" of the two directions or their "mean".
@@ -72,12 +80,11 @@ def info_nce(
   size = num_rows if group is None else min(group, num_rows)
   ones_A = jnp.ones(num_rows, bool)
   ids_A = jnp.arange(num_rows, dtype=jnp.int32)
-  image_id_A = ids_A if image_id_A is None else image_id_A
   columns = (
     normalize(query_AE),
     normalize(key_AE),
     ones_A if valid_A is None else valid_A,
-    image_id_A,
+    ids_A[:, None] if identity_AM is None else identity_AM,
     ids_A if sample_A is None else sample_A,
   )
   grouped = jax.tree.map(
@@ -91,7 +98,7 @@ def info_nce(
 
 
 def _one_group(
-  query_AE, key_AE, valid_A, image_id_A, sample_A, temperature, same_image
+  query_AE, key_AE, valid_A, identity_AM, sample_A, temperature, same_image
 ) -> jax.Array:
   similarity_AA = (
     jnp.matmul(query_AE, key_AE.T, precision=jax.lax.Precision.HIGHEST)
@@ -99,7 +106,7 @@ def _one_group(
   )
   diagonal_AA = jnp.eye(query_AE.shape[0], dtype=bool)
   twin_AA = (
-    (image_id_A[:, None] == image_id_A[None, :])
+    show_the_same(identity_AM)
     & (sample_A[:, None] != sample_A[None, :])
     & ~diagonal_AA
   )
@@ -134,7 +141,7 @@ def image_text_contrast(
   text_BE: jax.Array,
   temperature: jax.Array,
   *,
-  image_id_B: jax.Array,
+  identity_BM: jax.Array,
   same_image: SameImage,
 ) -> jax.Array:
   """ITC = symmetric mean of info_nce on projected global tokens."""
@@ -142,15 +149,18 @@ def image_text_contrast(
     image_BE,
     text_BE,
     temperature,
-    image_id_A=image_id_B,
+    identity_AM=identity_BM,
     same_image=same_image,
     reduce="mean",
   )
 
 
-def accuracy(query_BE: jax.Array, key_BE: jax.Array) -> jax.Array:
-  """Share of queries whose own key is the most similar one."""
+def accuracy(
+  query_BE: jax.Array, key_BE: jax.Array, identity_BM: jax.Array
+) -> jax.Array:
+  """Share of queries whose most similar key shows the same as they do."""
   similarity_BB = normalize(query_BE) @ normalize(key_BE).T
+  best_B1 = jnp.argmax(similarity_BB, axis=1, keepdims=True)
   return jnp.mean(
-    jnp.argmax(similarity_BB, axis=1) == jnp.arange(query_BE.shape[0])
+    jnp.take_along_axis(show_the_same(identity_BM), best_B1, axis=1)
   )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from glscl_jax.objectives import contrastive
+
 
 def match_cross_entropy(
   logits_B2: jax.Array, labels_B: jax.Array, ok_B: jax.Array | None = None
@@ -45,17 +47,22 @@ def half_labels(key: jax.Array, batch: int, group: int) -> jax.Array:
   return labels.reshape(batch)
 
 
+def same_in_groups(identity_BM: jax.Array, group: int) -> jax.Array:
+  """(G, A, A) bool: which samples of a group show the same."""
+  identity_GAM = identity_BM.reshape(-1, group, identity_BM.shape[1])
+  return jax.vmap(contrastive.show_the_same)(identity_GAM)
+
+
 def random_negatives(
-  image_id_B: jax.Array, key: jax.Array, group: int
+  identity_BM: jax.Array, key: jax.Array, group: int
 ) -> tuple[jax.Array, jax.Array]:
-  """For each sample a uniformly drawn other image of its group.
+  """For each sample a uniformly drawn image of its group that is no true one.
 
   Returns:
-    index_B: position inside the group, of an image with another id.
-    ok_B: False where the group holds no such image.
+    index_B: position inside the group, of a sample that shows something else.
+    ok_B: False where the group holds no such sample.
   """
-  ids_GA = image_id_B.reshape(-1, group)
-  same_GAA = ids_GA[:, :, None] == ids_GA[:, None, :]
+  same_GAA = same_in_groups(identity_BM, group)
   return _draw(jnp.zeros(same_GAA.shape), same_GAA, key)
 
 
@@ -65,8 +72,8 @@ def hard_negatives(
   """For each row a column drawn with probability softmax(similarity).
 
   Drawn as argmax(similarity + Gumbel noise), which stays finite at any
-  temperature. `same_GAA` marks pairs that must never be drawn (the diagonal
-  and equal image ids). Similarities carry no gradient.
+  temperature. `same_GAA` marks pairs that must never be drawn, the diagonal
+  among them. Similarities carry no gradient.
 
   Returns:
     index_B: column inside the group.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from glscl_jax.config import OBJECTIVES, Config, DataConfig, ObjectiveConfig
+from glscl_jax.config import OBJECTIVES, Config, ObjectiveConfig
 from glscl_jax.data import masking
 from glscl_jax.models import layers, products, stem
 from glscl_jax.models.towers import Towers
@@ -110,21 +110,25 @@ class Encoded:
   itm_ok_B: jax.Array | None  # pairs that count; None: all
 
 
-def normalize_images(image_BYXC: jax.Array, data: DataConfig) -> jax.Array:
-  """uint8 to (x / 255 - mean) / std; floats are taken as normalised."""
+def normalize_images(image_BYXC: jax.Array, config: Config) -> jax.Array:
+  """uint8 to (x / 255 - mean) / std; floats are taken as normalised.
+
+  The result is of the type that travels between products.
+  """
+  dtype = products.activation_dtype(config.model.compute_dtype)
   if jnp.issubdtype(image_BYXC.dtype, jnp.floating):
-    return image_BYXC
-  mean_111C = jnp.asarray(data.mean, jnp.float32)[None, None, None]
-  std_111C = jnp.asarray(data.std, jnp.float32)[None, None, None]
-  return (image_BYXC.astype(jnp.float32) / 255.0 - mean_111C) / std_111C
+    return image_BYXC.astype(dtype)
+  mean_111C = jnp.asarray(config.data.mean, jnp.float32)[None, None, None]
+  std_111C = jnp.asarray(config.data.std, jnp.float32)[None, None, None]
+  unit_BYXC = image_BYXC.astype(jnp.float32) / 255.0
+  return ((unit_BYXC - mean_111C) / std_111C).astype(dtype)
 
 
 def encode_images(
   model: Towers, batch: Batch, versions: tuple[str, ...], config: Config
 ) -> dict[str, jax.Array]:
   """Encoder states of the versions of I, equal lengths in one call."""
-  dtype = products.activation_dtype(config.model.compute_dtype)
-  image_BYXC = normalize_images(batch.image_BYXC, config.data).astype(dtype)
+  image_BYXC = normalize_images(batch.image_BYXC, config)
   patches = embed_images(model, batch, image_BYXC, versions)
   embedded = {}
   if "full" in versions:
@@ -199,68 +203,98 @@ def encode(
     itc_text = texts["full" if "full" in texts else "full:itc"]
     joint = model.project(itc_text[:, 0], images["full"][:, 0])
   if "itm" in plan.image_versions:
-    images["itm"], labels_B, ok_B = itm_images(
-      model, batch, images["full"], joint, config, key
+    show = ITM_IMAGES[config.objectives.itm_negatives]
+    images["itm"], labels_B, ok_B = show(
+      Pairing(model, batch, images["full"], joint, config, key)
     )
   return Encoded(images, texts, batch.text_valid_BT, joint, labels_B, ok_B)
 
 
-def itm_images(
-  model: Towers,
-  batch: Batch,
-  y_BID: jax.Array,
-  joint: tuple[jax.Array, jax.Array] | None,
-  config: Config,
-  key: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """Image states shown to each text, labels, and which pairs count.
+# Image states shown to each text, labels (1: its own), and which pairs count
+# (None: all).
+Shown = tuple[jax.Array, jax.Array, jax.Array | None]
 
-  A text is shown its own image (label 1) or a false one. Where its group holds
-  no other image, "hard" drops the pair and "in_batch" shows its own (4.1.3,
-  3.3). None: all pairs count.
+
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+  """What the pairs of ITM are made from."""
+
+  model: Towers
+  batch: Batch
+  y_BID: jax.Array  # transformed states of the complete images
+  joint: tuple[jax.Array, jax.Array] | None  # ITC vectors: text, image
+  config: Config
+  key: jax.Array
+
+  @property
+  def group(self) -> int:
+    """Samples whose images are shown to each other's texts."""
+    return min(self.config.objectives.neg_group, self.y_BID.shape[0])
+
+  def draw_labels(self) -> tuple[jax.Array, jax.Array]:
+    """Labels, half of each group true, and a key for what is still to draw."""
+    label_key, draw_key = jax.random.split(self.key)
+    batch_size = self.y_BID.shape[0]
+    return matching.half_labels(label_key, batch_size, self.group), draw_key
+
+  def show(self, labels_B: jax.Array, index_B: jax.Array) -> jax.Array:
+    """Own images where the label is 1, else those of the group at `index_B`."""
+    false_BID = matching.take_from_group(self.y_BID, index_B, self.group)
+    return jnp.where((labels_B == 1)[:, None, None], self.y_BID, false_BID)
+
+
+def dataset_images(pairing: Pairing) -> Shown:
+  """Labels and false images are the batch's, which drew them from the set."""
+  batch, group = pairing.batch, pairing.group
+  # Exactly half of each group (rounded up) is false: encode only those.
+  num_false = len(batch.itm_labels_B) // group * (group - group // 2)
+  rows_A = jnp.argsort(batch.itm_labels_B, stable=True)[:num_false]
+  false_AID = pairing.model.fusion.transform_image(
+    pairing.model.vision(
+      normalize_images(batch.false_image_BYXC[rows_A], pairing.config)
+    )
+  )
+  return pairing.y_BID.at[rows_A].set(false_AID), batch.itm_labels_B, None
+
+
+def in_batch_images(pairing: Pairing) -> Shown:
+  """Any other image of the group; without one a text is shown its own."""
+  labels_B, draw_key = pairing.draw_labels()
+  index_B, found_B = matching.random_negatives(
+    pairing.batch.identity_BM, draw_key, pairing.group
+  )
+  labels_B = jnp.where(found_B, labels_B, 1)
+  return pairing.show(labels_B, index_B), labels_B, None
+
+
+def hard_images(pairing: Pairing) -> Shown:
+  """Similar images of the group rather (ALBEF, 2107.07651).
+
+  A false pair without a candidate does not count.
   """
-  batch_size = y_BID.shape[0]
-  group = min(config.objectives.neg_group, batch_size)
-  if config.objectives.itm_negatives == "dataset":
-    # Exactly half of each group (rounded up) is false: encode only those.
-    num_false = batch_size // group * (group - group // 2)
-    rows_A = jnp.argsort(batch.itm_labels_B, stable=True)[:num_false]
-    false = Batch(
-      image_BYXC=batch.false_image_BYXC[rows_A],
-      image_id_B=batch.image_id_B[rows_A],
-      text_ids_BT=batch.text_ids_BT[rows_A],
-      text_valid_BT=batch.text_valid_BT[rows_A],
-    )
-    states_AID = encode_images(model, false, ("full",), config)["full"]
-    shown_BID = y_BID.at[rows_A].set(model.fusion.transform_image(states_AID))
-    return shown_BID, batch.itm_labels_B, None
-  label_key, draw_key = jax.random.split(key)
-  labels_B = matching.half_labels(label_key, batch_size, group)
-  if config.objectives.itm_negatives == "hard":
-    ids_GA = batch.image_id_B.reshape(-1, group)
-    text_GAE, image_GAE = (
-      contrastive.normalize(v).reshape(-1, group, v.shape[-1]) for v in joint
-    )
-    similarity_GAA = jnp.einsum(
-      "GAE,GBE->GAB",
-      text_GAE,
-      image_GAE,
-      precision=jax.lax.Precision.HIGHEST,
-    )
-    index_B, found_B = matching.hard_negatives(
-      similarity_GAA / model.temperature(),
-      ids_GA[:, :, None] == ids_GA[:, None, :],
-      draw_key,
-    )
-    ok_B = found_B | (labels_B == 1)
-  else:
-    index_B, found_B = matching.random_negatives(
-      batch.image_id_B, draw_key, group
-    )
-    labels_B, ok_B = jnp.where(found_B, labels_B, 1), None
-  false_BID = matching.take_from_group(y_BID, index_B, group)
-  own_B11 = (labels_B == 1)[:, None, None]
-  return jnp.where(own_B11, y_BID, false_BID), labels_B, ok_B
+  labels_B, draw_key = pairing.draw_labels()
+  text_GAE, image_GAE = (
+    contrastive.normalize(v).reshape(-1, pairing.group, v.shape[-1])
+    for v in pairing.joint
+  )
+  similarity_GAA = jnp.einsum(
+    "GAE,GBE->GAB", text_GAE, image_GAE, precision=jax.lax.Precision.HIGHEST
+  )
+  index_B, found_B = matching.hard_negatives(
+    similarity_GAA / pairing.model.temperature(),
+    matching.same_in_groups(pairing.batch.identity_BM, pairing.group),
+    draw_key,
+  )
+  shown_BID = pairing.show(labels_B, index_B)
+  return shown_BID, labels_B, found_B | (labels_B == 1)
+
+
+# By objectives.itm_negatives.
+ITM_IMAGES: dict[str, Callable[[Pairing], Shown]] = {
+  "in_batch": in_batch_images,
+  "hard": hard_images,
+  "dataset": dataset_images,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,11 +414,13 @@ def _itc(context: Context) -> Terms:
     image_BE,
     text_BE,
     temperature,
-    image_id_B=context.batch.image_id_B,
+    identity_BM=context.batch.identity_BM,
     same_image=context.config.same_image,
   )
   return loss, {
-    "itc_accuracy": contrastive.accuracy(image_BE, text_BE),
+    "itc_accuracy": contrastive.accuracy(
+      image_BE, text_BE, context.batch.identity_BM
+    ),
     "itc_temperature": temperature,
   }
 
@@ -397,7 +433,7 @@ def _global(name: str) -> Callable[[Context], Terms]:
       contrastive.scale_gradient(masked_B1D[:, 0], scale),
       complete_B1D[:, 0],
       temperature=context.config.completion_temperature,
-      image_id_B=context.batch.image_id_B,
+      identity_BM=context.batch.identity_BM,
       same_image=context.config.same_image,
       group=context.config.text_mgsc_group if name == "mgsc_text" else None,
     )
@@ -418,7 +454,7 @@ def _local(name: str) -> Callable[[Context], Terms]:
       context.batch.scl_ok_BJ if is_text else None,
       temperature=config.completion_temperature,
       group=config.mltc_text_group if is_text else config.mltc_image_group,
-      image_id_B=context.batch.image_id_B,
+      identity_BM=context.batch.identity_BM,
       same_image=config.same_image,
     )
     return loss, {}
@@ -506,7 +542,7 @@ def example_batch(config: Config) -> Batch:
   image_BYXC = jnp.zeros((2, size, size, 3), jnp.uint8)
   return Batch(
     image_BYXC=image_BYXC,
-    image_id_B=jnp.arange(2, dtype=jnp.int32),
+    identity_BM=jnp.arange(2, dtype=jnp.int32)[:, None],
     text_ids_BT=ids_BT,
     text_valid_BT=valid_BT,
     mlm_ids_BT=ids_BT,
@@ -529,7 +565,7 @@ def encode_image(
   """Complete images to encoder states (B, 1 + N, D), class token first."""
 
   def method(model: Towers) -> jax.Array:
-    return model.vision(normalize_images(image_BYXC, config.data))
+    return model.vision(normalize_images(image_BYXC, config))
 
   return _apply(params, config, method)
 

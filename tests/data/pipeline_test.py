@@ -3,6 +3,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+import itertools
 import json
 import logging
 
@@ -149,7 +150,7 @@ def test_batches_have_the_fields_shapes_and_types_of_the_contract(
   shapes = {k: (v.shape, v.dtype.name) for k, v in batch.items()}
   assert shapes == {
     "image_BYXC": ((8, 16, 16, 3), "uint8"),
-    "image_id_B": ((8,), "int32"),
+    "identity_BM": ((8, 1), "int32"),
     "text_ids_BT": ((8, 30), "int32"),
     "text_valid_BT": ((8, 30), "bool"),
     "mlm_ids_BT": ((8, 30), "int32"),
@@ -171,7 +172,7 @@ def test_every_caption_stands_beside_its_own_image(config, tokenizer):
     for i, (record, _) in enumerate(keys_of(batch, tokenizer)):
       # The images are of one colour, which no crop changes.
       assert batch["image_BYXC"][i, 7, 7].tolist() == list(color_of(record))
-      assert batch["image_id_B"][i] == record
+      assert batch["identity_BM"][i].tolist() == [record]
 
 
 def test_masks_of_a_batch_have_exact_counts(config, tokenizer):
@@ -217,7 +218,11 @@ def test_only_masks_that_an_objective_reads_are_made(
 ):
   config = change(config, "objectives", **(NO_OBJECTIVE | {objective: 1.0}))
   (batch,), _ = take(config, tokenizer, 1)
-  assert {name.split("_")[0] for name in batch} == prefixes | {"image", "text"}
+  assert {name.split("_")[0] for name in batch} == prefixes | {
+    "identity",
+    "image",
+    "text",
+  }
 
 
 @pytest.mark.parametrize("targets", ["partner_masked", "clean"])
@@ -272,7 +277,7 @@ def test_two_runs_give_the_same_bytes_and_other_seeds_do_not(config, tokenizer):
   again, _ = take(config, tokenizer, 7)
   assert_equal(one, again)
   (other,), _ = take(change(config, "data", seed=1), tokenizer, 1)
-  assert not np.array_equal(other["image_id_B"], one[0]["image_id_B"])
+  assert not np.array_equal(other["identity_BM"], one[0]["identity_BM"])
 
 
 @pytest.mark.parametrize(
@@ -420,9 +425,15 @@ class ListSource:
   name = "list/train"
 
   def __init__(self, records):
+    images = [record.image for record in records]
     self._examples = [
-      sources.Example(id=r.id, image=r.image, captions=r.captions, image_id=i)
-      for i, r in enumerate(records)
+      sources.Example(
+        id=record.id,
+        image=record.image,
+        captions=record.captions,
+        image_id=images.index(record.image),
+      )
+      for record in records
     ]
 
   def __len__(self):
@@ -439,22 +450,49 @@ def without_masks(config):
   return change(config, "objectives", **(NO_OBJECTIVE | {"itc": 1.0}))
 
 
-def test_records_of_one_first_caption_can_count_as_the_same(config, tokenizer):
+@pytest.mark.parametrize(
+  ("identity", "same"),
+  [("image", {(2, 7)}), ("caption", {(2, 7), (4, 9)})],
+)
+def test_records_of_one_image_or_one_first_caption_show_the_same(
+  config, tokenizer, identity, same
+):
   records = [make_record(i) for i in range(NUM_RECORDS)]
+  records[7] = make_record(7, image=records[2].image)
   records[9] = make_record(9, captions=records[4].captions[:1])
-  config = change(config, "data", identity="caption")
-  config = change(config, "data", augment=config_lib.AugmentConfig(hflip="off"))
+  config = change(
+    config,
+    "data",
+    identity=identity,
+    augment=config_lib.AugmentConfig(hflip="off"),
+  )
   batches, _ = take(config, tokenizer, 10, source=ListSource(records))
-  id_of = {}
+  ids_of = {}
   for batch in batches:
-    for image_YXC, identity in zip(
-      batch["image_BYXC"], batch["image_id_B"], strict=True
-    ):
-      id_of.setdefault(tuple(image_YXC[7, 7].tolist()), set()).add(identity)
-  assert set(id_of) == {color_of(i) for i in range(NUM_RECORDS)}
-  assert id_of.pop(color_of(9)) == id_of[color_of(4)]
-  # All others differ, and a record's second caption has its first one's.
-  assert len(set().union(*id_of.values())) == len(id_of) == NUM_RECORDS - 1
+    for i, (name, _) in enumerate(keys_of(batch, tokenizer)):
+      color = tuple(batch["image_BYXC"][i, 7, 7].tolist())
+      record = 9 if color == color_of(9) else name
+      # A record's second caption has the ids of its first one.
+      ids = batch["identity_BM"][i].tolist()
+      assert ids_of.setdefault(record, ids) == ids
+  assert len(ids_of) == NUM_RECORDS
+  found = {
+    (a, b)
+    for a, b in itertools.combinations(sorted(ids_of), 2)
+    if any(x == y for x, y in zip(ids_of[a], ids_of[b], strict=True))
+  }
+  assert found == same
+
+
+def test_a_blank_first_caption_names_nothing():
+  def ids(number, *captions):
+    example = sources.Example(
+      id="", image=b"", captions=captions, image_id=number
+    )
+    return pipeline.identity(example, "caption").tolist()
+
+  assert ids(1, "  ", "red square")[1] == ids(2, "red square")[1]
+  assert ids(1, "", "red square")[1] != ids(2, "", "blue square")[1]
 
 
 def make_damaged():

@@ -61,7 +61,9 @@ def test_global_completion_is_the_contrast_of_global_tokens():
 def test_global_completion_ignores_other_captions_of_the_image():
   masked, complete = (v[:, 0] for v in tokens())
   ids = np.array([1, 1, 2, 3], np.int32)
-  found = global_completion(masked, complete, temperature=TAU, image_id_B=ids)
+  found = global_completion(
+    masked, complete, temperature=TAU, identity_BM=ids[:, None]
+  )
   allowed = (ids[:, None] != ids[None]) | np.eye(B, dtype=bool)
   wanted = slow_nce(masked, complete, allowed)
   np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
@@ -104,7 +106,7 @@ def test_local_completion_averages_groups():
 def test_tokens_of_one_sample_stay_negatives_but_not_those_of_its_twin(same):
   masked, complete = tokens()
   ids = np.array([5, 5, 6, 7], np.int32)
-  found = local(masked, complete, image_id_B=ids, same_image=same)
+  found = local(masked, complete, identity_BM=ids[:, None], same_image=same)
   image, sample = np.repeat(ids, J), np.repeat(np.arange(B), J)
   allowed = (image[:, None] != image[None]) | (sample[:, None] == sample[None])
   wanted = slow_nce(masked.reshape(-1, D), complete.reshape(-1, D), allowed)

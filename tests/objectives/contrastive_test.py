@@ -13,10 +13,11 @@ from glscl_jax.objectives import contrastive
 info_nce = jax.jit(
   contrastive.info_nce, static_argnames=("same_image", "group", "reduce")
 )
-IDS = np.array([4, 4, 7, 2, 7, 4], np.int32)
+# Rows 0 and 1, 2 and 4 share the first id; 0 and 5, 2 and 3 the second.
+IDS = np.array([[4, 0], [4, 1], [7, 2], [2, 2], [7, 3], [5, 0]], np.int32)
 
 
-def slow_info_nce(query, key, tau, *, valid, image_id, sample, same, group):
+def slow_info_nce(query, key, tau, *, valid, identity, sample, same, group):
   """Plain loops over pairs, float64, sum of both directions."""
   query, key = (
     v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-8)
@@ -30,7 +31,8 @@ def slow_info_nce(query, key, tau, *, valid, image_id, sample, same, group):
       for i in rows:
 
         def twin(j, i=i):
-          return image_id[i] == image_id[j] and sample[i] != sample[j]
+          agree = any(a == b for a, b in zip(*identity[[i, j]], strict=True))
+          return agree and sample[i] != sample[j]
 
         ignored = [j for j in rows if same == "ignore" and twin(j)]
         columns = [j for j in rows if j not in ignored]
@@ -64,7 +66,7 @@ def test_info_nce_equals_the_loop_over_pairs(same, group, holes, tau):
     key,
     tau,
     valid_A=jnp.asarray(valid),
-    image_id_A=jnp.asarray(IDS),
+    identity_AM=jnp.asarray(IDS),
     sample_A=jnp.asarray(sample),
     same_image=same,
     group=group,
@@ -74,7 +76,7 @@ def test_info_nce_equals_the_loop_over_pairs(same, group, holes, tau):
     key,
     tau,
     valid=valid,
-    image_id=IDS,
+    identity=IDS,
     sample=sample,
     same=same,
     group=group or 6,
@@ -90,7 +92,7 @@ def test_the_three_treatments_of_one_image_differ_only_when_it_repeats():
         query,
         key,
         0.1,
-        image_id_A=IDS if ids == "twins" else np.arange(6, dtype=np.int32),
+        identity_AM=IDS if ids == "twins" else None,
         same_image=same,
       )
     )
@@ -115,8 +117,8 @@ def test_mean_is_half_of_the_sum():
 def test_the_order_of_samples_does_not_matter():
   query, key = pairs()
   order = np.random.default_rng(1).permutation(6)
-  found = info_nce(query[order], key[order], 0.1, image_id_A=IDS[order])
-  wanted = info_nce(query, key, 0.1, image_id_A=IDS)
+  found = info_nce(query[order], key[order], 0.1, identity_AM=IDS[order])
+  wanted = info_nce(query, key, 0.1, identity_AM=IDS)
   np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
@@ -156,7 +158,7 @@ def test_nothing_valid_gives_zero_and_no_gradient(same):
       key,
       0.03,
       valid_A=np.zeros(6, bool),
-      image_id_A=IDS,
+      identity_AM=IDS,
       same_image=same,
     )
 
@@ -177,8 +179,8 @@ def test_one_sample_has_nothing_to_confuse(same):
 
 def test_one_image_only_leaves_nothing_to_ignore_but_the_pair():
   query, key = pairs()
-  ids = np.zeros(6, np.int32)
-  value = info_nce(query, key, 0.1, image_id_A=ids)
+  ids = np.zeros((6, 1), np.int32)
+  value = info_nce(query, key, 0.1, identity_AM=ids)
   np.testing.assert_allclose(value, 0, atol=1e-6)
 
 
@@ -214,14 +216,14 @@ def test_gradients_equal_finite_differences():
       key,
       tau,
       valid=np.ones(6, bool),
-      image_id=IDS,
+      identity=IDS,
       sample=np.arange(6),
       same="ignore",
       group=6,
     )
 
   def loss(query, key, tau):
-    return info_nce(query, key, tau, image_id_A=IDS)
+    return info_nce(query, key, tau, identity_AM=IDS)
 
   point = (query, key, np.float32(0.2))
   grads = jax.jit(jax.grad(loss, (0, 1, 2)))(*point)
@@ -270,7 +272,7 @@ def test_scale_gradient_changes_gradients_only():
 
 def test_itc_is_symmetric_in_image_and_text():
   image, text = pairs()
-  settings = dict(image_id_B=IDS, same_image="ignore")
+  settings = dict(identity_BM=IDS, same_image="ignore")
   found = contrastive.image_text_contrast(image, text, 0.07, **settings)
   mirrored = contrastive.image_text_contrast(text, image, 0.07, **settings)
   wanted = slow_info_nce(
@@ -278,7 +280,7 @@ def test_itc_is_symmetric_in_image_and_text():
     text,
     0.07,
     valid=np.ones(6, bool),
-    image_id=IDS,
+    identity=IDS,
     sample=np.arange(6),
     same="ignore",
     group=6,
@@ -290,4 +292,19 @@ def test_itc_is_symmetric_in_image_and_text():
 def test_accuracy_counts_queries_that_find_their_key():
   key = np.eye(4, dtype=np.float32)
   query = key[[0, 1, 3, 2]] * 5
-  assert contrastive.accuracy(query, key) == 0.5
+  ids = np.arange(4)[:, None]
+  assert contrastive.accuracy(query, key, ids) == 0.5
+
+
+def test_accuracy_counts_keys_that_show_the_same():
+  key = np.eye(4, dtype=np.float32)
+  query = key[[1, 0, 3, 2]]
+  ids = np.array([[0, 5], [0, 6], [1, 7], [2, 8]])
+  assert contrastive.accuracy(query, key, ids) == 0.5
+
+
+def test_rows_show_the_same_if_they_agree_in_any_column():
+  found = contrastive.show_the_same(jnp.array([[0, 1], [0, 2], [1, 2]]))
+  np.testing.assert_array_equal(
+    found, [[True, True, False], [True, True, True], [False, True, True]]
+  )

@@ -10,20 +10,25 @@ import scipy.stats
 
 from glscl_jax.objectives import matching
 
+same_in_groups = jax.jit(matching.same_in_groups, static_argnums=1)
 random_negatives = jax.jit(matching.random_negatives, static_argnums=2)
 hard_negatives = jax.jit(matching.hard_negatives)
 half_labels = jax.jit(matching.half_labels, static_argnums=(1, 2))
 
 
-def same_image(ids, group):
-  ids_GA = np.reshape(ids, (-1, group))
-  return ids_GA[:, :, None] == ids_GA[:, None, :]
-
-
 def chosen_ids(ids, index, group):
-  """Image ids of the drawn samples, as seen from the whole batch."""
+  """Ids of the drawn samples, as seen from the whole batch."""
   start = np.arange(len(ids)) // group * group
   return ids[start + np.asarray(index)]
+
+
+def test_samples_of_a_group_show_the_same_if_they_agree_in_any_column():
+  ids = np.array([[0, 1], [0, 2], [3, 2], [3, 1]], np.int32)
+  np.testing.assert_array_equal(
+    same_in_groups(ids, 2), np.ones((2, 2, 2), bool)
+  )
+  opposite = np.roll(np.eye(4, dtype=bool), 2, axis=1)
+  np.testing.assert_array_equal(same_in_groups(ids, 4)[0], ~opposite)
 
 
 def test_match_cross_entropy_is_the_mean_over_pairs():
@@ -58,18 +63,18 @@ def test_true_labels_fall_on_every_place_alike(key):
 
 
 def test_random_negatives_show_another_image_of_the_group(key):
-  ids = np.random.default_rng(0).integers(0, 5, 64).astype(np.int32)
+  ids = np.random.default_rng(0).integers(0, 5, (64, 1)).astype(np.int32)
   for group in (4, 16, 64):
     index, ok = random_negatives(ids, key, group)
     drawn = chosen_ids(ids, index, group)
     assert np.all(drawn[np.asarray(ok)] != ids[np.asarray(ok)])
-    has_other = ~same_image(ids, group).all(axis=2).reshape(-1)
+    has_other = ~same_in_groups(ids, group).all(axis=2).reshape(-1)
     np.testing.assert_array_equal(ok, has_other)
     assert np.all((np.asarray(index) >= 0) & (np.asarray(index) < group))
 
 
 def test_random_negatives_are_uniform_over_what_is_allowed(key):
-  ids = np.tile(np.array([0, 0, 1, 2, 3], np.int32), 3000)
+  ids = np.tile(np.array([[0], [0], [1], [2], [3]], np.int32), (3000, 1))
   index, _ = random_negatives(ids, key, 5)
   counts = np.bincount(np.asarray(index).reshape(-1, 5)[:, 0], minlength=5)
   assert np.all(counts[:2] == 0)
@@ -78,10 +83,10 @@ def test_random_negatives_are_uniform_over_what_is_allowed(key):
 
 
 def test_a_group_of_one_image_has_no_negative(key):
-  ids = np.array([3, 3, 3, 1, 2, 1], np.int32)
+  ids = np.array([[3], [3], [3], [1], [2], [1]], np.int32)
   index, ok = random_negatives(ids, key, 3)
   np.testing.assert_array_equal(ok, [False] * 3 + [True] * 3)
-  _, ok = hard_negatives(jnp.zeros((2, 3, 3)), same_image(ids, 3), key)
+  _, ok = hard_negatives(jnp.zeros((2, 3, 3)), same_in_groups(ids, 3), key)
   np.testing.assert_array_equal(ok, [False] * 3 + [True] * 3)
   _, ok = random_negatives(ids, key, 1)
   assert not np.any(ok)
@@ -90,8 +95,8 @@ def test_a_group_of_one_image_has_no_negative(key):
 @pytest.mark.parametrize("tau", [0.001, 0.07, 1.0])
 def test_hard_negatives_are_never_the_own_or_the_same_image(tau, key):
   rng = np.random.default_rng(0)
-  ids = rng.integers(0, 6, 64).astype(np.int32)
-  same = same_image(ids, 8)
+  ids = rng.integers(0, 6, (64, 1)).astype(np.int32)
+  same = np.asarray(same_in_groups(ids, 8))
   # The forbidden ones are by far the most similar.
   similarity = rng.uniform(-1, 1, same.shape) + 2 * same
   for i in range(20):
@@ -150,7 +155,7 @@ def test_hard_negatives_pass_no_gradient_to_similarities(key):
 
 
 def test_draws_depend_on_the_key_only(key):
-  ids = np.arange(32, dtype=np.int32)
+  ids = np.arange(32, dtype=np.int32)[:, None]
   first, _ = random_negatives(ids, key, 16)
   again, _ = random_negatives(ids, key, 16)
   other, _ = random_negatives(ids, jax.random.key(1), 16)

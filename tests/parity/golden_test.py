@@ -204,7 +204,7 @@ def make_batch(inputs: dict[str, np.ndarray]) -> Batch:
   assert tok_ok.all(), "images hide different numbers of patches"
   return Batch(
     image_BYXC=image("image"),
-    image_id_B=jnp.arange(len(labels), dtype=jnp.int32),
+    identity_BM=jnp.arange(len(labels), dtype=jnp.int32)[:, None],
     text_ids_BT=ids("text_ids"),
     text_valid_BT=jnp.asarray(inputs["text_masks"].astype(bool)),
     mlm_ids_BT=ids("text_ids_mlm"),
@@ -517,7 +517,7 @@ def test_shared_passes_equal_the_published_ones(step):
     return Towers(config.model).apply({"params": params}, method=method)
 
   index = {
-    "class": jnp.zeros((len(batch.image_id_B), 1), jnp.int32),
+    "class": jnp.zeros((len(batch.text_ids_BT), 1), jnp.int32),
     "mlm": batch.mlm_pos_BJ,
     "scl": batch.scl_pos_BJ,
     "token": batch.tok_idx_BI + 1,

@@ -54,7 +54,7 @@ def make_batch() -> Batch:
   patches = np.stack([rng.permutation(16) for _ in range(B)]).astype(np.int32)
   return Batch(
     image_BYXC=rng.integers(0, 256, (B, R, R, 3)).astype(np.uint8),
-    image_id_B=np.array([0, 1, 2, 1], np.int32),
+    identity_BM=np.array([[0], [1], [2], [1]], np.int32),
     text_ids_BT=ids,
     text_valid_BT=valid,
     mlm_ids_BT=hidden,

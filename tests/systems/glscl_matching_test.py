@@ -23,8 +23,10 @@ def show(kind, key):
   config = random_pairs.config(
     objectives={"itm_negatives": kind, "neg_group": 4}
   )
-  batch = random_pairs.change(random_pairs.batch(config), image_id_B=IDS)
-  shown, labels, ok = glscl.itm_images(
+  batch = random_pairs.change(
+    random_pairs.batch(config), identity_BM=IDS[:, None]
+  )
+  pairing = glscl.Pairing(
     types.SimpleNamespace(temperature=lambda: jnp.float32(0.07)),
     batch,
     STATES,
@@ -32,6 +34,7 @@ def show(kind, key):
     config,
     key,
   )
+  shown, labels, ok = glscl.ITM_IMAGES[kind](pairing)
   counts = np.ones(8, bool) if ok is None else np.asarray(ok)
   return np.asarray(shown[:, 0, 0], int), np.asarray(labels), counts
 

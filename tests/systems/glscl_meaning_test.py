@@ -223,7 +223,9 @@ def test_captions_without_a_word_are_legal():
 
 
 def test_a_batch_of_one_image_is_legal():
-  batch = random_pairs.change(BATCH, image_id_B=np.zeros_like(BATCH.image_id_B))
+  batch = random_pairs.change(
+    BATCH, identity_BM=np.zeros_like(BATCH.identity_BM)
+  )
   gradients, losses = gradients_and_losses(batch)
   # Nobody is left in the denominators, and no false image can be shown.
   assert losses["itc"] == losses["mgsc_image"] == losses["mgsc_text"] == 0.0
