@@ -3,8 +3,8 @@
 `configs/*.py` build a ConfigDict from `to_config_dict(Config())` and change
 what a recipe changes; the launcher applies `--config.a.b=v` and calls
 `from_config_dict`, which is strict. Below the launcher only these classes
-travel. Sections in comments refer to the papers' own sections or say [choice]
-where no source fixes the value.
+travel. Comments say where a value is from: [paper], [code] (the published code
+does so), or [choice], ours where no source fixes it.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def _check_not_negative(config: Any, *names: str) -> None:
     _check(value >= 0, name, f"must not be negative, is {value}")
 
 
+def _names_test(split: str) -> bool:
+  """Whether a word of a split's name begins like test: testA, test1k, Test."""
+  return any(part.lower().startswith("test") for part in split.split("_"))
+
+
 def _check_depth(encoder: VisionConfig | TextConfig) -> None:
   _check_not_negative(encoder, "depth")
   _check(
@@ -81,7 +86,8 @@ class VisionConfig:
   # takes the place of the class token's [choice]
 
   def __post_init__(self):
-    _check_positive(self, "image_size", "patch_size", "width")
+    _check_positive(self, "image_size", "patch_size", "width", "norm_eps")
+    _check_not_negative(self, "mask_token_std")
     _check_depth(self)
     _check(
       self.image_size % self.patch_size == 0,
@@ -127,7 +133,7 @@ class TextConfig:
   dropout: float = 0.1
 
   def __post_init__(self):
-    _check_positive(self, "vocab_size", "width")
+    _check_positive(self, "vocab_size", "width", "norm_eps")
     _check_depth(self)
     _check_ratio(self, "dropout")
     _check(self.max_length >= 3, "max_length", "needs room for 3 tokens")
@@ -152,7 +158,7 @@ class FusionConfig:
   restrict_last_layer: bool = True  # only rows a loss reads; exact
 
   def __post_init__(self):
-    _check_positive(self, "width", "depth")
+    _check_positive(self, "width", "depth", "norm_eps")
     _check_ratio(self, "dropout")
     _check(
       self.width % HEAD_WIDTH == 0, "width", f"not a multiple of {HEAD_WIDTH}"
@@ -217,13 +223,24 @@ class ObjectiveConfig:
   mltc_text: float = 0.2
   completion_temperature: float = 0.03  # fixed, MGSC and MLTC
   completion_targets: Literal["partner_masked", "clean"] = "partner_masked"
-  same_image: Literal["none", "ignore", "positive"] = "ignore"
-  itm_negatives: Literal["in_batch", "hard", "dataset"] = "in_batch"
-  neg_group: int = 16  # ITM false images come from the same group
-  text_mgsc_group: int | None = None  # None: the whole batch; published: 16
-  mltc_image_group: int = 16  # samples whose patches are contrasted
-  mltc_text_group: int = 128
-  share_text_dropout: bool = True  # one draw for all passes that read T
+  # where one modality is complete: in the pass that masks the other [code], or
+  # in a pass of its own that masks none [choice]
+  same_image: Literal["none", "ignore", "positive"] = "ignore"  # other pairs
+  # that show the same (data.identity): negatives like all [code], left out, or
+  # positives too, except of MLTC [choice]
+  itm_negatives: Literal["in_batch", "hard", "dataset"] = "in_batch"  # false
+  # images: another one of the group [choice], there by ITC similarity
+  # (ALBEF), or any of the training set, even a true one [code]
+  neg_group: int = 16  # samples of one ITM group, half of them true; a GPU's
+  # batch in [code]
+  text_mgsc_group: int | None = None  # samples contrasted; None: the whole
+  # batch, as in MGSC image [choice]; 16, a GPU's batch [code]
+  mltc_image_group: int = 16  # samples whose patches are contrasted: a GPU's
+  # batch in [code]; of the global batch here [choice]
+  mltc_text_group: int = 128  # samples whose words are contrasted: the
+  # micro-batch in [code]; of the global batch here [choice]
+  share_text_dropout: bool = True  # one draw of T for all passes that read it
+  # [choice]; False: a draw a pass [code]
   itc_temperature_range: tuple[float, float] | None = (0.001, 0.5)
   contrast_grad_scale: float = 1.0  # published code on W devices: 1 / W
 
@@ -336,7 +353,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """AdamW with warm-up, linear decay and per-part multipliers."""
+  """AdamW, its published variant, or Muon; part by part a multiplier.
+
+  The rate warms up, then decays, linearly or as a cosine.
+  """
 
   learning_rate: float = 2e-5  # peak, of the encoders
   schedule: Literal["linear", "cosine"] = "linear"  # after the warm-up
@@ -403,7 +423,7 @@ class TrainConfig:
       self, "seed", "eval_every", "keep_best", "profile_steps"
     )
     _check(
-      not any("test" in name.split("_") for name in self.eval_splits),
+      not any(_names_test(name) for name in self.eval_splits),
       "eval_splits",
       "a test split must not pick a checkpoint",
     )
@@ -446,6 +466,14 @@ class Config:
       "train.eval_splits",
       f"data.train_split {self.data.train_split!r} must not pick a checkpoint",
     )
+    if self.objectives.itc_temperature_range is not None:
+      low, high = self.objectives.itc_temperature_range
+      _check(
+        low <= self.model.itc_temperature <= high,
+        "model.itc_temperature",
+        f"{self.model.itc_temperature} is outside of"
+        f" objectives.itc_temperature_range {low, high}",
+      )
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:

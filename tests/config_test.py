@@ -240,6 +240,10 @@ def test_optional_values_take_none_and_a_value(path):
     ("data.augment.warp", -0.5, "must not be negative, is -0.5"),
     ("data.augment.recolor", 1.5, "must not exceed 1, is 1.5"),
     ("model.init_std", 0.0, "must be positive, is 0.0"),
+    ("model.vision.norm_eps", 0.0, "must be positive, is 0.0"),
+    ("model.text.norm_eps", 0.0, "must be positive, is 0.0"),
+    ("model.fusion.norm_eps", -1e-5, "must be positive, is -1e-05"),
+    ("model.vision.mask_token_std", -1.0, "must not be negative, is -1.0"),
     ("model.vision.width", 100, "not a multiple of 64"),
     ("model.text.width", 100, "not a multiple of 64"),
     ("model.fusion.width", 100, "not a multiple of 64"),
@@ -298,7 +302,10 @@ def test_a_batch_smaller_than_a_group_is_one_group():
   assert read("data.batch_size", 8).data.batch_size == 8
 
 
-@pytest.mark.parametrize("name", ["test", "test_seen", "seen_test", "train"])
+@pytest.mark.parametrize(
+  "name",
+  ["test", "test_seen", "seen_test", "testA", "coco_test1k", "Test", "train"],
+)
 def test_a_test_or_training_split_must_not_pick_the_checkpoint(name):
   message = error_of("train.eval_splits", ("validation", name))
   assert message.startswith("config.train.eval_splits: ")
@@ -307,6 +314,18 @@ def test_a_test_or_training_split_must_not_pick_the_checkpoint(name):
 def test_other_words_that_hold_the_letters_of_test_may_pick_it():
   names = ("latest", "contest_val")
   assert read("train.eval_splits", names).train.eval_splits == names
+
+
+@pytest.mark.parametrize("value", [0.0009, 0.6])
+def test_the_temperature_starts_within_its_range(value):
+  assert error_of("model.itc_temperature", value) == (
+    f"config.model.itc_temperature: {value} is outside of"
+    " objectives.itc_temperature_range (0.001, 0.5)"
+  )
+  tree = changed("model.itc_temperature", value)
+  tree.objectives.itc_temperature_range = None
+  made = config.from_config_dict(tree)
+  assert made.model.itc_temperature == value
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (-2, 1, 1), (-1, -1, 1)])
