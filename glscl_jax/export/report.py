@@ -21,7 +21,7 @@ import numpy as np
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, sources, transforms
 from glscl_jax.export import attention, pictures
-from glscl_jax.export.weights import Weights, flatten, params_sha256
+from glscl_jax.export.weights import Weights, name_arrays, params_sha256
 from glscl_jax.tasks import results, retrieval
 
 CELL_TITLES = {
@@ -194,7 +194,7 @@ def _held_out(own: Mapping[str, Any]) -> tuple[str, ...]:
 def _facts(workdir: pathlib.Path, weights: Weights, data_dir: str) -> str:
   config, lineage = weights.config, weights.lineage
   model = config.model
-  count = sum(array.size for array in flatten(weights.params).values())
+  count = sum(array.size for array in name_arrays(weights.params).values())
   facts = {
     "System": f"{config.system}: "
     + ", ".join(
@@ -518,7 +518,7 @@ def _attention(
 def _attends(weights: Weights) -> bool:
   """Whether the last fusion layer has parameters of its text stream."""
   return any(
-    name.startswith("fusion.last.text.") for name in flatten(weights.params)
+    name.startswith("fusion.last.text.") for name in name_arrays(weights.params)
   )
 
 

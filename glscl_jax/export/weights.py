@@ -59,19 +59,14 @@ class Weights:
   lineage: dict[str, Any]  # data and runs the weights come from
 
 
-def flatten(params: Params) -> dict[str, np.ndarray]:
-  """Arrays by path, "vision.blocks.mlp.kernel"; keys must hold no dot."""
-  flat: dict[str, np.ndarray] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    keys = [str(entry.key) for entry in path]
-    if any("." in key for key in keys):
-      raise WeightsError(f"parameter name with a dot: {keys}")
-    flat[".".join(keys)] = np.asarray(leaf)
-  return flat
+def name_arrays(params: Params) -> dict[str, np.ndarray]:
+  """Arrays by the names of the file, such as "vision.ln_pre.scale"."""
+  flat = checkpoint.flatten(params, separator=".")
+  return {name: np.asarray(leaf) for name, leaf in flat.items()}
 
 
 def unflatten(flat: Mapping[str, np.ndarray]) -> Params:
-  """The nested dict that `flatten` took apart."""
+  """The nested dict that `name_arrays` took apart."""
   tree: dict[str, Any] = {}
   for name, array in flat.items():
     *parents, last = name.split(".")
@@ -99,7 +94,7 @@ def save_export(
     raise WeightsError(
       f"{target} exists and is no export: choose another --output"
     )
-  flat = flatten(weights.params)
+  flat = name_arrays(weights.params)
   for name, array in flat.items():
     if not np.isfinite(array).all():
       raise WeightsError(f"parameter {name} is not finite: nothing is exported")
@@ -182,11 +177,10 @@ def check_parameters(
   Raises:
     WeightsError: lists what is missing, unexpected or of another shape.
   """
+  abstract = jax.eval_shape(lambda: glscl.init(config, jax.random.key(0)))
   wanted = {
-    name.replace("/", "."): tuple(leaf.shape)
-    for name, leaf in checkpoint.flatten(
-      jax.eval_shape(lambda: glscl.init(config, jax.random.key(0)))
-    ).items()
+    name: tuple(leaf.shape)
+    for name, leaf in checkpoint.flatten(abstract, separator=".").items()
   }
   found = {name: tuple(array.shape) for name, array in flat.items()}
   lines = [f"  {name}: missing" for name in sorted(wanted.keys() - found)]
@@ -264,7 +258,7 @@ def read_params(path: str) -> tuple[Params, dict[str, Any]]:
 def params_sha256(params: Params) -> str:
   """A fingerprint of all values, for result files."""
   digest = hashlib.sha256()
-  for name, array in sorted(flatten(params).items()):
+  for name, array in sorted(name_arrays(params).items()):
     digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
     digest.update(array.tobytes())
   return digest.hexdigest()

@@ -35,8 +35,8 @@ BEST_METRIC = "eval/mean_r1"  # larger is better
 
 # Changing these does not change what is learnt, so a run may resume with
 # others. Contents of data.dir and data.tokenizer are compared by their hashes:
-# the files may have moved. train.init_from is read by new runs only; the loop
-# keeps the one a run began with.
+# the files may have moved. train.init_from is read by new runs only;
+# initial.keep_init_from keeps the one a run began with.
 FREE_KEYS = (
   "data.dir",
   "data.max_bad_share",
@@ -443,10 +443,10 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
   os.replace(temporary, path)
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any, *, separator: str = "/") -> dict[str, Any]:
   """Maps "a/b/c" to each leaf; fields, keys and indices name the way."""
   return {
-    sharding_lib.path_name(path): leaf
+    sharding_lib.path_name(path).replace("/", separator): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 

@@ -102,7 +102,7 @@ def test_an_unreadable_manifest_is_named(export):
 
 
 def test_names_and_shapes_are_compared_with_the_configuration(model):
-  flat = dict(weights_lib.flatten(model.params))
+  flat = dict(weights_lib.name_arrays(model.params))
   flat["extra"] = flat.pop("temperature.value")
   name = next(name for name in flat if flat[name].ndim == 2)
   flat[name] = flat[name][1:]
@@ -216,7 +216,7 @@ def test_a_directory_that_is_neither_says_so(tmp_path):
 
 
 def test_the_fingerprint_sees_values_shapes_and_names(model):
-  flat = weights_lib.flatten(model.params)
+  flat = weights_lib.name_arrays(model.params)
   first = weights_lib.params_sha256(model.params)
   assert weights_lib.params_sha256(weights_lib.unflatten(flat)) == first
   name = next(name for name in flat if flat[name].ndim == 2)
