@@ -17,6 +17,7 @@ TABLES = {
   "parameters": sharding.PARAM_RULES,
   "learning rates": optimizer.LR_RULES,
   "decay": optimizer.DECAY_RULES,
+  "muon": optimizer.MUON_RULES,
 }
 
 

@@ -1,7 +1,7 @@
-"""Optimizers with warm-up, per-part rates and decay (section 4.1.5).
+"""Optimizers with warm-up, per-part rates and decay.
 
 The same idiom as for sharding: a table of path patterns, each parameter
-matches exactly one.
+matches exactly one. Default rates and decays: SCL's published code.
 """
 
 from __future__ import annotations
@@ -37,6 +37,19 @@ DECAY_RULES: tuple[tuple[str, str], ...] = (
   (r"(vision/.*|(text|image)_projection/)norm\d?/scale", "accident"),
   (r"vision/ln_(pre|post)/scale", "accident"),
   (r"(text|fusion|mlm_head)/.*norm\d?/scale", "none"),
+)
+
+# What variant="muon" orthogonalizes; Adam moves the others. The vocabulary
+# matrix is a table of words, like an embedding. The patch matrix is with the
+# others too, as in every run so far; a stem's matrices are not [choice].
+MUON_RULES: tuple[tuple[str, str], ...] = (
+  (r"(vision|text|fusion)/.*/kernel", "matrix"),
+  (r"(text|image)_projection/fc[12]/kernel", "matrix"),
+  (r"(mlm_head/fc1|match_head/fc)/kernel", "matrix"),
+  (r"mlm_head/fc2/kernel", "other"),
+  (r"vision/patch_kernel", "other"),
+  (r"(vision|text)/[a-z]+_embedding", "other"),
+  (r".*/(bias|scale|value)", "other"),
 )
 
 
@@ -146,7 +159,7 @@ def scale_by_rules(
 
 
 def muon_direction(config: OptimizerConfig) -> optax.GradientTransformation:
-  """Muon (Jordan et al., 2024) for matrices of the towers, Adam for the rest.
+  """Muon (Jordan et al., 2024) where MUON_RULES say so, Adam for the rest.
 
   A matrix moves along its orthogonalized momentum, scaled to the root mean
   square `muon_rms`; leading axes of stacked layers are batch axes.
@@ -155,9 +168,7 @@ def muon_direction(config: OptimizerConfig) -> optax.GradientTransformation:
 
   def label(name: str, param: jax.Array) -> str:
     del param
-    # The vocabulary matrix is a table of words, like an embedding.
-    is_table = name == "mlm_head/fc2/kernel"
-    return "matrix" if name.endswith("/kernel") and not is_table else "other"
+    return sharding.match_one(name, MUON_RULES)
 
   def rescale(updates, params=None):
     del params

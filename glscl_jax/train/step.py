@@ -72,7 +72,7 @@ def train_step(
 
 
 def clamp_temperature(params, config: Config):
-  """Projects the learned ITC divisor into its range (section 3.2)."""
+  """Projects the learned ITC divisor into its range."""
   limits = config.objectives.itc_temperature_range
   if limits is None or "temperature" not in params:
     return params
