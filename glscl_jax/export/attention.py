@@ -1,7 +1,7 @@
 """Text-to-image attention of the last fusion layer, word by word.
 
-systems.md 6.9: the image's class column is left out and the strongest head is
-taken for each patch. A word has the mean over the rows of its pieces.
+The image's class column is left out and the strongest head is taken for each
+patch. A word has the mean over the rows of its pieces.
 
 Shape letters beside those of types.py: G patches a side.
 """

@@ -2,8 +2,8 @@
 
 A query has one or several matching candidates. Its rank is 1 + the number of
 non-matching candidates whose score is >= that of its best matching one: ties
-count against the model, so constant scores give R@k near 0 and not near 1
-(systems.md 6.1). R@k is the share of queries with rank <= k.
+count against the model, so constant scores give R@k near 0 and not near
+1. R@k is the share of queries with rank <= k.
 
 Shape letters beside those of types.py: Q queries, A candidates, J candidates
 of a query that are scored again.

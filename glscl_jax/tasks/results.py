@@ -6,7 +6,7 @@ a result replaces only an older one of the same question:
   results[data set][split][protocol] = {metrics, chance, protocol, lineage, ..}
 
 A result without lineage or with a number that is not finite is refused. What
-was not measured is absent, never 0 (systems.md 6.8).
+was not measured is absent, never 0.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each image and each caption is encoded once. The dual encoder orders by the
 cosine of the contrastive vectors. Re-ranking scores pairs with the fusion
 layers: per image the `rerank_k` captions of best cosine, per caption the
-`rerank_k` best images, a pair that both ask for once (systems.md 6.1).
+`rerank_k` best images, a pair that both ask for once.
 
   rerank         score of a candidate pair
   none           cosine

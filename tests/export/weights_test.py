@@ -10,6 +10,8 @@ import safetensors.numpy
 
 from glscl_jax.data import tokenizer
 from glscl_jax.export import weights as weights_lib
+from glscl_jax.models import pretrained
+from glscl_jax.systems import glscl
 from glscl_jax.train import checkpoint
 from tests import tiny
 
@@ -49,6 +51,29 @@ def test_a_round_trip_is_bit_equal(model, export):
   assert found.metrics == model.metrics
   assert found.lineage == model.lineage
   assert found.tokenizer_path.read_bytes() == model.tokenizer_path.read_bytes()
+
+
+def test_published_arrays_become_an_export_that_init_from_reads(
+  model, tmp_path
+):
+  """As docs/systems.md says, under Published weights."""
+  np.savez(tmp_path / "scl.npz", **pretrained.to_scl(model.params))
+  like = jax.eval_shape(lambda: glscl.init(model.config, jax.random.key(0)))
+  with np.load(tmp_path / "scl.npz") as arrays:
+    params = pretrained.from_scl(arrays, like)
+  lineage = {
+    "tokenizer_sha256": tokenizer.load(model.tokenizer_path).sha256,
+    "init_from": None,
+  }
+  weights_lib.save_export(
+    tmp_path / "scl",
+    dataclasses.replace(
+      model, params=params, step=0, metrics={}, lineage=lineage
+    ),
+  )
+  found, found_lineage = weights_lib.read_params(str(tmp_path / "scl"))
+  assert same(found, model.params)
+  assert found_lineage == lineage
 
 
 def test_names_are_paths_joined_by_dots_and_scalars_stay_scalars(export):

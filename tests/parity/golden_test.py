@@ -1,4 +1,4 @@
-"""Parity with the published SCL/GLSCL code, number by number (section 9).
+"""Parity with the published SCL/GLSCL code, number by number.
 
 Each sub-folder of --golden-dir is one training step of the published code on
 tiny sizes: inputs, activations, losses, gradient norms and the norms of the
