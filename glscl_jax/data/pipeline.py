@@ -408,6 +408,15 @@ class TrainIterator:
       )
 
 
+def check_named(config: config_lib.Config) -> None:
+  """Raises ConfigError where no data directory is named."""
+  if not config.data.dir:
+    raise config_lib.ConfigError(
+      "config.data.dir is empty: make a data directory with"
+      " launch/prepare.py and name it with --config.data.dir=DIR"
+    )
+
+
 def make_train_iterator(
   config: config_lib.Config,
   tokenizer: tokenizer_lib.Tokenizer,
@@ -434,11 +443,7 @@ def make_train_iterator(
   check_batch(config, {}, process_count)
   tokenizer_lib.check_vocab(config, tokenizer)
   if source is None:
-    if not data.dir:
-      raise config_lib.ConfigError(
-        "config.data.dir is empty: make a data directory with"
-        " launch/prepare.py and name it with --config.data.dir=DIR"
-      )
+    check_named(config)
     source = sources.open_source(data.dir, data.train_split)
   pairs = make_pairs(source)
   if not len(pairs):

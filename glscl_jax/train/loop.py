@@ -117,11 +117,7 @@ def open_inputs(config: config_lib.Config) -> Inputs:
     ConfigError, DataError, TokenizerError: what a start would fail with.
   """
   data = config.data
-  if not data.dir:
-    raise config_lib.ConfigError(
-      "config.data.dir is empty: make a data directory with "
-      "launch/prepare.py and name it with --config.data.dir=DIR"
-    )
+  pipeline.check_named(config)
   mesh = sharding.make_mesh(config.mesh)
   pipeline.check_batch(config, mesh.shape, jax.process_count())
   # Not jax's own numbers: with a tensor axis that spans processes, these hold
