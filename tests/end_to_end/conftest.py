@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import itertools
 import json
+import os
 import pathlib
 import textwrap
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from tests.end_to_end import child
 
 ROOT = pathlib.Path(launcher.__file__).parents[1]
 NUM_STEPS = 60
+RECIPE_NAME = "recipe.py"
 
 COLORS = {"red": (0, 0, 200), "green": (0, 200, 0), "blue": (200, 0, 0)}
 SHAPES = ("square", "disc", "bar")
@@ -131,23 +134,46 @@ RECIPE = """
 """
 
 
-def make_project(folder: pathlib.Path) -> Project:
+def make_project(folder: pathlib.Path) -> None:
   data = make_data(folder)
   vocab_size = json.loads((data / "manifest.json").read_text())["tokenizer"][
     "vocab_size"
   ]
-  recipe = folder / "recipe.py"
-  recipe.write_text(
+  (folder / RECIPE_NAME).write_text(
     textwrap.dedent(RECIPE).format(
       data=str(data), vocab_size=vocab_size, num_steps=NUM_STEPS
     )
   )
-  return Project(data, recipe)
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory) -> Project:
-  return make_project(tmp_path_factory.mktemp("project"))
+def shared(tmp_path_factory) -> pathlib.Path:
+  """A folder that all processes of this run of the suite see."""
+  base = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    base = base.parent
+  folder = base / "end_to_end"
+  folder.mkdir(exist_ok=True)
+  return folder
+
+
+@contextlib.contextmanager
+def alone(folder: pathlib.Path) -> Iterator[None]:
+  """Holds the lock of a folder; a process that dies gives it back."""
+  with (folder / "lock").open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+@pytest.fixture(scope="session")
+def project(shared) -> Project:
+  """Made by the first process that needs it."""
+  folder = shared / "project"
+  with alone(shared):
+    if not (folder / RECIPE_NAME).exists():
+      folder.mkdir(exist_ok=True)
+      make_project(folder)
+  return Project(folder / "data", folder / RECIPE_NAME)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,12 +187,11 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def starter(tmp_path_factory) -> Iterator[child.Starter]:
+def starter(shared) -> Iterator[child.Starter]:
   """Starts the launcher on one device; all share a compilation cache."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("PYTHONPATH", str(ROOT))
-    cache = tmp_path_factory.mktemp("cache")
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(shared / "cache"))
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     yield child.Starter()
@@ -181,10 +206,16 @@ def start(project, starter) -> Callable[..., child.Child]:
 
 
 @pytest.fixture(scope="session")
-def trained(project, start, tmp_path_factory) -> Trained:
-  workdir = tmp_path_factory.mktemp("trained") / "work"
+def trained(project, start, shared) -> Trained:
+  """Made by the first process that needs it, while the others wait."""
+  workdir = shared / "trained" / "work"
+  output = workdir.with_name("output.txt")
   flags = (
     f"--config.train.eval_every={NUM_STEPS // 2}",
     "--config.train.eval_splits=val",
   )
-  return Trained(project, workdir, flags, start(workdir, *flags).finish())
+  with alone(shared):
+    if not output.exists():
+      workdir.parent.mkdir(exist_ok=True)
+      output.write_text(start(workdir, *flags).finish())
+  return Trained(project, workdir, flags, output.read_text())
