@@ -145,7 +145,7 @@ REMAT_POLICIES = {
 
 
 class Stack(nn.Module):
-  """`depth` equal blocks, one after the other; none hand the carry on.
+  """`depth` equal blocks, one after the other; with none the carry stays.
 
   `make_block` builds a block with `parent=None`; its `__call__(carry,
   *context)` returns the next carry.

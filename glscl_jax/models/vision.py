@@ -1,4 +1,4 @@
-"""Vision encoder of SCL/GLSCL (sections 1.2, 1.3): a CLIP ViT in three modes.
+"""Vision encoder of SCL and GLSCL: a CLIP ViT in three modes.
 
 complete: all patches. drop: only the kept patches travel. token: hidden
 patches are replaced by a learned vector before positions are added.
@@ -42,6 +42,9 @@ class VisionEncoder(nn.Module):
 
   `embed` is separate from `encode`, so that several versions of an image
   share one patch embedding and equal-length versions share one call.
+
+  Without blocks (depth 0) nobody reads a class token before the mean takes its
+  place: row 0 is zero, and its parameters and ln_pre are not there.
   """
 
   config: ModelConfig
@@ -57,9 +60,11 @@ class VisionEncoder(nn.Module):
         nn.initializers.xavier_uniform(),
         (3 * vision.patch_size**2, vision.width),
       )
-    self.class_D = self.param("class_embedding", normal, (vision.width,))
+    if vision.depth:
+      self.class_D = self.param("class_embedding", normal, (vision.width,))
+    num_rows = vision.num_patches + (1 if vision.depth else 0)
     self.position_LD = self.param(
-      "position_embedding", normal, (1 + vision.num_patches, vision.width)
+      "position_embedding", normal, (num_rows, vision.width)
     )
     self.mask_token = layers.Values(
       (vision.width,), nn.initializers.normal(vision.mask_token_std)
@@ -95,7 +100,10 @@ class VisionEncoder(nn.Module):
     )
 
   def complete(self, x_BID: jax.Array) -> jax.Array:
-    """[cls; x] + P."""
+    """[cls; x] + P; without blocks [0; x + P]."""
+    if not self.config.vision.depth:
+      x_BID += self.position_LD[None].astype(x_BID.dtype)
+      return jnp.pad(x_BID, ((0, 0), (1, 0), (0, 0)))
     class_B1D = jnp.broadcast_to(
       self.class_D[None, None, :].astype(x_BID.dtype),
       (x_BID.shape[0], 1, x_BID.shape[2]),
@@ -115,8 +123,11 @@ class VisionEncoder(nn.Module):
 
   def encode(self, x_BLD: jax.Array) -> jax.Array:
     """Embedded tokens to states, same shape."""
-    y_BLD = self.ln_post(self.blocks(self.ln_pre(x_BLD)))
-    if self.config.vision.class_state == "mean":
+    vision = self.config.vision
+    if vision.depth:
+      x_BLD = self.blocks(self.ln_pre(x_BLD))
+    y_BLD = self.ln_post(x_BLD)
+    if vision.class_state == "mean":
       y_BLD = layers.put_mean_first(y_BLD)
     return y_BLD
 

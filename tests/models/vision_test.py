@@ -121,6 +121,33 @@ def test_initial_spreads_are_those_of_clip(encoder):
   assert np.std(params["mask_token"]["value"]) == pytest.approx(1.0, rel=0.3)
 
 
+def test_without_blocks_states_are_normed_patches_and_their_mean(key):
+  config = random_pairs.config(vision={"depth": 0, "class_state": "mean"})
+  module = vision.VisionEncoder(config.model)
+  image_BYXC = jax.random.normal(key, (2, 32, 32, 3))
+  variables = jax.jit(module.init)(key, image_BYXC)
+  params = variables["params"]
+  assert set(params) == {"patch_kernel", "position_embedding", "ln_post"}
+  assert params["position_embedding"].shape == (NUM_PATCHES, WIDTH)
+  module = module.bind(variables)
+  x_BID = module.embed(image_BYXC)
+  y_BLD = np.asarray(module.encode(module.complete(x_BID)))
+  placed_BID = np.asarray(x_BID + params["position_embedding"][None])
+  centred_BID = placed_BID - placed_BID.mean(axis=-1, keepdims=True)
+  normed_BID = centred_BID / centred_BID.std(axis=-1, keepdims=True)
+  np.testing.assert_allclose(y_BLD[:, 1:], normed_BID, rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(
+    y_BLD[:, 0], y_BLD[:, 1:].mean(axis=1), rtol=1e-5, atol=1e-6
+  )
+  # A shorter sequence of kept patches has the same states.
+  keep_idx_BJ = np.array([[3, 15, 0], [7, 2, 9]], np.int32)
+  kept_BLD = np.asarray(module.encode(module.drop(x_BID, keep_idx_BJ)))
+  for b in range(2):
+    np.testing.assert_allclose(
+      kept_BLD[b, 1:], y_BLD[b, 1 + keep_idx_BJ[b]], rtol=1e-5, atol=1e-6
+    )
+
+
 def test_the_class_state_can_be_the_mean_of_the_other_states(encoder, x_BID):
   config = random_pairs.config(depth=2, vision={"class_state": "mean"})
   mean = vision.VisionEncoder(config.model).bind(encoder.variables)
