@@ -7,6 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from glscl_jax import config
+from tests import random_pairs
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -456,6 +457,22 @@ def test_a_recipe_names_every_value(recipe):
 
   default = config.to_config_dict(config.Config())
   assert names(load(recipe).to_dict()) == names(default.to_dict())
+
+
+def test_the_tests_of_small_data_run_the_encoders_of_the_quick_start():
+  recipe = config.from_config_dict(load(str(ROOT / "configs/quickstart.py")))
+  made = random_pairs.config(**random_pairs.SMALL_DATA)
+  assert len(made.model.vision.stem) == len(recipe.model.vision.stem)
+  sizes = {
+    "vision": {"width", "stem"},
+    "text": {"width", "vocab_size", "max_length", "num_positions"},
+  }
+  for part, names in sizes.items():
+    for name, value in leaves(getattr(recipe.model, part)):
+      if name not in names:
+        assert getattr(getattr(made.model, part), name) == value, name
+  for name in ("joint_projection", "zero_residual"):
+    assert getattr(made.model, name) == getattr(recipe.model, name)
 
 
 def test_every_golden_text_has_its_recipe():

@@ -38,19 +38,16 @@ def config(
     model=config_lib.ModelConfig(
       vision=config_lib.VisionConfig(
         image_size=image_size,
-        patch_size=8,
         width=width,
-        depth=depth,
-        **(vision or {}),
+        **{"patch_size": 8, "depth": depth, **(vision or {})},
       ),
       text=config_lib.TextConfig(
         vocab_size=vocab_size,
         max_length=max_length,
         num_positions=24,
         width=width,
-        depth=depth,
         dropout=dropout,
-        **(text or {}),
+        **{"depth": depth, **(text or {})},
       ),
       fusion=config_lib.FusionConfig(
         width=width,
@@ -72,10 +69,18 @@ def config(
   )
 
 
-# What the quick start changes of the encoders, at the smallest size.
+# The quick start's encoders, narrow: 16 patches of 16 x 16 pixels.
 SMALL_DATA = {
-  "vision": {"stem": (8, 16), "stem_blocks": (1, 0), "class_state": "mean"},
-  "text": {"class_state": "mean"},
+  "image_size": 64,
+  "vision": {
+    "patch_size": 16,
+    "depth": 0,
+    "stem": (8, 16, 32),
+    "stem_blocks": (1, 1, 1),
+    "class_state": "mean",
+    "mask_token_std": 0.02,
+  },
+  "text": {"depth": 0, "class_state": "mean"},
   "joint_projection": "linear",
   "zero_residual": True,
 }

@@ -7,7 +7,7 @@ from glscl_jax import config as config_lib
 from glscl_jax.models import stem
 from tests import random_pairs
 
-CONFIG = random_pairs.config(**random_pairs.SMALL_DATA)
+CONFIG = random_pairs.config(vision={"stem": (8, 16), "stem_blocks": (1, 0)})
 
 
 def test_cells_join_as_patches_do():

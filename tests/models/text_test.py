@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -79,9 +77,8 @@ def test_the_class_state_can_be_the_mean_of_the_other_valid_states(encoder):
 
 
 def test_without_blocks_states_are_the_embeddings_and_their_mean(key):
-  model = random_pairs.config().model
-  bag = dataclasses.replace(model.text, depth=0, class_state="mean")
-  module = text.TextEncoder(dataclasses.replace(model, text=bag))
+  bag = {"depth": 0, "class_state": "mean"}
+  module = text.TextEncoder(random_pairs.config(text=bag).model)
   ids_BT = np.array([[0, 9, 2, 1]], np.int32)
   params = jax.jit(module.init)(key, ids_BT, VALID[:1])
   assert "blocks" not in params["params"]

@@ -16,7 +16,14 @@ from glscl_jax.systems import glscl
 from glscl_jax.train import optimizer
 from tests import random_pairs
 
-CONFIG = random_pairs.config()
+ENCODERS = {
+  "patches": random_pairs.config(),
+  "patches, mean": random_pairs.config(
+    vision={"class_state": "mean"}, text={"class_state": "mean"}
+  ),
+  "stem and words": random_pairs.config(**random_pairs.SMALL_DATA),
+}
+CONFIG = ENCODERS["patches"]
 BATCH = random_pairs.batch(CONFIG)
 PARAMS = random_pairs.spread_params(CONFIG)
 KEY = jax.random.key(5)
@@ -25,8 +32,8 @@ ROWS = np.arange(CONFIG.data.batch_size)
 WITHOUT_ITM = [name for name in config_lib.OBJECTIVES if name != "itm"]
 
 
-def gradients_and_losses(batch, params=PARAMS):
-  gradients, metrics = random_pairs.gradient_function(CONFIG)(
+def gradients_and_losses(batch, params=PARAMS, config=CONFIG):
+  gradients, metrics = random_pairs.gradient_function(config)(
     params, batch, KEY
   )
   return gradients, {name: float(metrics[name]) for name in metrics}
@@ -37,22 +44,27 @@ def normal():
   return gradients_and_losses(BATCH)
 
 
-ENCODERS = {
-  "patches": CONFIG,
-  "stem": random_pairs.config(**random_pairs.SMALL_DATA),
-}
+@functools.cache
+def encoded(encoder):
+  """Batch, parameters, gradients and losses with these encoders."""
+  config = ENCODERS[encoder]
+  batch = random_pairs.batch(config)
+  params = random_pairs.spread_params(config)
+  return batch, params, *gradients_and_losses(batch, params, config)
 
 
 @functools.cache
 def image_states(encoder, changed_patch=None):
   """Encoder states of each version of the images, one patch redrawn."""
-  image_BYXC = BATCH.image_BYXC.copy()
+  config = ENCODERS[encoder]
+  batch = random_pairs.batch(config)
+  image_BYXC = batch.image_BYXC.copy()
+  side = config.model.vision.patch_size
   if changed_patch is not None:
     for b, patch in enumerate(changed_patch):
-      y, x = 8 * (patch // 4), 8 * (patch % 4)
-      image_BYXC[b, y : y + 8, x : x + 8] ^= 0xFF
-  batch = random_pairs.change(BATCH, image_BYXC=image_BYXC)
-  config = ENCODERS[encoder]
+      y, x = side * (patch // 4), side * (patch % 4)
+      image_BYXC[b, y : y + side, x : x + side] ^= 0xFF
+  batch = random_pairs.change(batch, image_BYXC=image_BYXC)
   params = random_pairs.spread_params(config)
   return jax.tree.map(np.asarray, _encode_images(config)(params, batch))
 
@@ -74,8 +86,9 @@ def _encode_images(config):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_dropped_patches_reach_nothing_of_the_dropped_version(encoder):
+  keep_idx_BI = random_pairs.batch(ENCODERS[encoder]).keep_idx_BI
   dropped = tuple(
-    int(np.setdiff1d(np.arange(16), keep)[0]) for keep in BATCH.keep_idx_BI
+    int(np.setdiff1d(np.arange(16), keep)[0]) for keep in keep_idx_BI
   )
   before, after = image_states(encoder), image_states(encoder, dropped)
   np.testing.assert_array_equal(before["drop"], after["drop"])
@@ -84,7 +97,8 @@ def test_dropped_patches_reach_nothing_of_the_dropped_version(encoder):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_hidden_patches_reach_nothing_of_the_token_version(encoder):
-  hidden = tuple(int(index) for index in BATCH.tok_idx_BI[:, -1])
+  tok_idx_BI = random_pairs.batch(ENCODERS[encoder]).tok_idx_BI
+  hidden = tuple(int(index) for index in tok_idx_BI[:, -1])
   before, after = image_states(encoder), image_states(encoder, hidden)
   np.testing.assert_array_equal(before["token"], after["token"])
   assert not np.allclose(before["full"], after["full"], atol=1e-3)
@@ -92,7 +106,8 @@ def test_hidden_patches_reach_nothing_of_the_token_version(encoder):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_kept_patches_reach_the_dropped_version(encoder):
-  kept = tuple(int(index) for index in BATCH.keep_idx_BI[:, 0])
+  keep_idx_BI = random_pairs.batch(ENCODERS[encoder]).keep_idx_BI
+  kept = tuple(int(index) for index in keep_idx_BI[:, 0])
   changed = image_states(encoder)["drop"] != image_states(encoder, kept)["drop"]
   assert np.all(np.any(changed, axis=(1, 2)))
 
@@ -128,11 +143,16 @@ def test_completion_targets_are_constants(normal, monkeypatch):
   assert random_pairs.difference(constants, normal[0]) < 1e-6
 
 
-def test_padding_gets_exactly_no_gradient(normal):
-  gradients = normal[0]["text"]
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_padding_gets_exactly_no_gradient(encoder):
+  batch, _, gradients, _ = encoded(encoder)
+  gradients = gradients["text"]
   assert np.all(np.asarray(gradients["word_embedding"])[random_pairs.PAD] == 0)
   assert np.all(np.asarray(gradients["position_embedding"])[1] == 0)
-  used = np.unique(BATCH.text_ids_BT[BATCH.text_valid_BT])
+  # Without blocks nobody reads the first token.
+  first = 0 if ENCODERS[encoder].model.text.depth else 1
+  valid_BT = batch.text_valid_BT[:, first:]
+  used = np.unique(batch.text_ids_BT[:, first:][valid_BT])
   norms = np.linalg.norm(gradients["word_embedding"], axis=1)
   assert np.all(norms[used] > 0)
 
@@ -156,11 +176,17 @@ def test_the_order_of_the_batch_does_not_matter(normal):
     assert losses[name] == pytest.approx(normal[1][name], rel=1e-5), name
 
 
-def test_longer_padding_does_not_matter(normal):
-  longer = random_pairs.config(max_length=17)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_longer_padding_does_not_matter(encoder):
+  batch, params, _, losses = encoded(encoder)
+  model = ENCODERS[encoder].model
+  text = dataclasses.replace(model.text, max_length=17)
+  longer = dataclasses.replace(
+    ENCODERS[encoder], model=dataclasses.replace(model, text=text)
+  )
   pad = ((0, 0), (0, 7))
   columns = {
-    name: np.pad(getattr(BATCH, name), pad, constant_values=value)
+    name: np.pad(getattr(batch, name), pad, constant_values=value)
     for name, value in {
       "text_ids_BT": random_pairs.PAD,
       "mlm_ids_BT": random_pairs.PAD,
@@ -169,11 +195,11 @@ def test_longer_padding_does_not_matter(normal):
     }.items()
   }
   output = random_pairs.loss_function(longer)(
-    PARAMS, random_pairs.change(BATCH, **columns), KEY
+    params, random_pairs.change(batch, **columns), KEY
   )
   for name in config_lib.OBJECTIVES:
     assert float(output.metrics[name]) == pytest.approx(
-      normal[1][name], rel=1e-5, abs=1e-5
+      losses[name], rel=1e-5, abs=1e-5
     ), name
 
 
@@ -274,6 +300,35 @@ def part_of(name):
   )
 
 
+def norms_of(gradients):
+  """The length of each parameter's gradient, by name."""
+  return {
+    sharding.path_name(path): float(np.linalg.norm(leaf))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
+  }
+
+
+def still(norms):
+  """Parameters that do not move.
+
+  A key bias moves all logits of a row alike: its gradient is zero on paper.
+  """
+  return [
+    name
+    for name, norm in norms.items()
+    if not norm > 0 and not name.endswith("key/bias")
+  ]
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_all_objectives_together_train_every_parameter(encoder):
+  _, _, gradients, _ = encoded(encoder)
+  norms = norms_of(gradients)
+  assert not still(norms)
+  rows = np.linalg.norm(gradients["vision"]["position_embedding"], axis=1)
+  assert np.all(rows > 0)
+
+
 @pytest.mark.parametrize("objective", config_lib.OBJECTIVES)
 def test_an_objective_alone_trains_what_it_reads_and_has_nothing_else(
   objective,
@@ -283,18 +338,9 @@ def test_an_objective_alone_trains_what_it_reads_and_has_nothing_else(
   gradients, metrics = random_pairs.gradient_function(config)(
     params, BATCH, KEY
   )
-  norms = {
-    sharding.path_name(path): float(np.linalg.norm(leaf))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
-  }
+  norms = norms_of(gradients)
   assert {part_of(name) for name in norms} == EVERYWHERE | EXTRA[objective]
-  # A key bias moves all logits of a row alike: its gradient is zero on paper.
-  still = [
-    name
-    for name, norm in norms.items()
-    if not norm > 0 and not name.endswith("key/bias")
-  ]
-  assert not still
+  assert not still(norms)
   assert set(metrics) & set(config_lib.OBJECTIVES) == {objective}
   for rules in (
     sharding.PARAM_RULES,
