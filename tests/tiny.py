@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pathlib
 
-import jax
 import numpy as np
 from PIL import Image
 
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, tokenizer
-from glscl_jax.systems import glscl
+from tests import random_pairs
 
 NAMES = (
   "red cat face",
@@ -102,17 +102,5 @@ def config(data_dir: pathlib.Path) -> config_lib.Config:
   )
 
 
-def params(config: config_lib.Config, *, seed: int = 0):
-  """Random weights, wide enough that outputs differ; compiles nothing."""
-  rng = np.random.default_rng(seed)
-
-  def draw(path, leaf):
-    name = jax.tree_util.keystr(path)
-    noise = rng.standard_normal(leaf.shape).astype(np.float32)
-    if "temperature" in name:
-      return np.full(leaf.shape, 0.07, np.float32)
-    return 1 + 0.1 * noise if "scale" in name else 0.2 * noise
-
-  return jax.tree_util.tree_map_with_path(
-    draw, jax.eval_shape(lambda: glscl.init(config, jax.random.key(0)))
-  )
+# Random weights, wide enough that the few pictures of a split rank apart.
+params = functools.partial(random_pairs.spread_params, spread=0.2)

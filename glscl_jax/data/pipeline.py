@@ -258,7 +258,7 @@ class RowMaker:
     pair_key: tuple[int, int, int],
     bad: list[tuple[int, int]],
   ) -> dict[str, np.ndarray]:
-    """ITM with a random training image where the label is 0 (4.1.3)."""
+    """ITM with a random training image where the label is 0."""
     seed, epoch, _ = pair_key
     group = min(self.config.objectives.neg_group, self.config.data.batch_size)
     number, offset = divmod(position, group)
@@ -525,26 +525,6 @@ def _block(
       " mesh's devices by process"
     )
   return start // size, batch_size // size
-
-
-def example_batch(
-  config: config_lib.Config,
-  tokenizer: tokenizer_lib.Tokenizer,
-  *,
-  process_count: int = 1,
-) -> dict[str, np.ndarray]:
-  """The first batch of the run (of process 0), made in this thread."""
-  config = dataclasses.replace(
-    config,
-    data=dataclasses.replace(
-      config.data, num_workers=0, num_threads=1, prefetch=1
-    ),
-  )
-  iterator = make_train_iterator(config, tokenizer, process_count=process_count)
-  try:
-    return next(iterator)
-  finally:
-    iterator.close()
 
 
 def global_batch(

@@ -55,22 +55,6 @@ def stem(cells: int, cell_values: int, widths: tuple[int, ...], blocks) -> int:
   return total
 
 
-def vit(
-  width: int,
-  depth: int,
-  patch_size: int,
-  patches: int,
-  *,
-  projection_width: int = 0,
-) -> int:
-  """A complete ViT with a class token and a projection of it (0: none)."""
-  return (
-    patch_embedding(width, patch_size, patches)
-    + encoder(width, depth, 1 + patches)
-    + linear(1, width, projection_width)
-  )
-
-
 def cross_block(rows: int, length: int, context: int, width: int) -> int:
   """Self-attention, cross-attention and MLP for `rows` of `length` tokens.
 

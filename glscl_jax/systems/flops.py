@@ -199,53 +199,7 @@ def heads(config: Config, *, mlm_rows: int) -> float:
   return float(sum(parts[name] for name in parts if name in active))
 
 
-def published_forward(config: Config) -> Forward:
-  """The same objectives as the published code computes them (4.1.4).
-
-  Every pass encodes its image and its text again, all rows go through the
-  last layer, all text positions through the vocabulary head.
-  """
-  weights, sizes = config.objectives, make_sizes(config)
-  completes = max(
-    weights.mgsc_image,
-    weights.mgsc_text,
-    weights.mltc_image,
-    weights.mltc_text,
-  )
-  fused = [
-    sizes.image[version]
-    for version, weight in (
-      ("itm", weights.itm),
-      ("full", weights.mlm),
-      ("drop", completes),
-      ("full", completes),
-      ("token", weights.mltc_image),
-    )
-    if weight > 0
-  ]
-  encoded = fused + ([sizes.image["full"]] if weights.itc > 0 else [])
-  fusion = config.model.fusion
-  return Forward(
-    image=float(
-      sum(embedding(config) + image_encoding(config, n) for n in encoded)
-    ),
-    text=float(len(encoded) * text_encoding(config)),
-    fusion=float(
-      sum(
-        fusion.depth * flops.co_attention(sizes.text, n, fusion.width)
-        for n in fused
-      )
-    ),
-    heads=heads(config, mlm_rows=sizes.text),
-  )
-
-
 def flops_per_sample(config: Config) -> float:
   """Model FLOPs of one sample of a step, forward and backward."""
   once = forward(config)
   return (1 + BACKWARD) * once.total - BACKWARD * once.targets
-
-
-def published_flops_per_sample(config: Config) -> float:
-  """The same for the published code's way to compute the same losses."""
-  return (1 + BACKWARD) * published_forward(config).total

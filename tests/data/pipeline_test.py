@@ -663,10 +663,3 @@ def test_a_process_holds_one_block_of_the_batch(spans, block):
 def test_rows_that_are_not_one_block_are_refused(spans):
   with pytest.raises(config_lib.ConfigError, match="not one block"):
     pipeline._block(spans, 16)
-
-
-def test_the_example_batch_is_the_first_of_the_run(config, tokenizer):
-  config = change(config, "data", num_workers=1)
-  example = pipeline.example_batch(config, tokenizer)
-  first, _ = take(change(config, "data", num_workers=0), tokenizer, 1)
-  assert_equal([example], first)

@@ -12,6 +12,7 @@ import pytest
 from glscl_jax import config as config_lib
 from glscl_jax.systems import glscl
 from glscl_jax.types import Batch
+from tests import random_pairs
 
 B, T, R, VOCAB = 4, 8, 32, 50
 
@@ -72,23 +73,6 @@ def make_batch() -> Batch:
 FEW = dict(itm=0.0, itc=0.0, mgsc_text=0.0, mltc_image=0.0, mltc_text=0.0)
 
 
-def init(config):
-  """Parameters without compiling an initialiser: sizable, scales near 1."""
-  rng = np.random.default_rng(1)
-
-  def value(path, leaf):
-    z = rng.standard_normal(leaf.shape).astype(np.float32)
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if name == "temperature/value":
-      return np.float32(0.07)
-    return 1 + 0.1 * z if name.endswith("/scale") else 0.1 * z
-
-  abstract = jax.eval_shape(
-    functools.partial(glscl.init, config), jax.random.key(0)
-  )
-  return jax.tree_util.tree_map_with_path(value, abstract)
-
-
 def losses(config, params) -> dict[str, np.ndarray]:
   @jax.jit
   def run(params, batch):
@@ -110,7 +94,7 @@ def test_unshared_texts_and_whole_last_layers_give_the_same_losses():
   )
   shared, apart = (glscl.make_plan(c.objectives) for c in (config, wasteful))
   assert len(apart.text_versions) == len(shared.text_versions) + 2
-  params = init(config)
+  params = random_pairs.spread_params(config)
   usual, found = losses(config, params), losses(wasteful, params)
   assert set(found) == set(usual) and len(found) > 5
   for name, value in usual.items():
@@ -139,7 +123,7 @@ def test_a_stream_nobody_reads_has_no_last_layer_restricted_or_not(objective):
 @pytest.fixture(scope="module")
 def few():
   """Parameters of MLM and MGSC image."""
-  return init(make_config(**FEW))
+  return random_pairs.spread_params(make_config(**FEW))
 
 
 def test_clean_completion_targets_cost_one_more_pass(few):
@@ -169,7 +153,7 @@ def loss_and_grads(config, params):
 def scanned():
   """Parameters, loss and gradients of MLM alone: it reads every stack."""
   config = make_config(mgsc_image=0.0, **FEW)
-  params = init(config)
+  params = random_pairs.spread_params(config)
   return params, *loss_and_grads(config, params)
 
 
