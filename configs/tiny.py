@@ -1,4 +1,4 @@
-"""The tiny size of the systems' description: smoke runs and tests."""
+"""A small size for smoke runs and tests."""
 
 from glscl_jax import config as config_lib
 

@@ -5,8 +5,8 @@ returns arrays whose shapes depend on the configuration only: positions in
 `pos_J` with a boolean twin `ok_J`; slots that are not ok hold 0. The pipeline
 draws each mask from its own `sample_rng`, so a mask depends on nothing but
 the sample: not on the batch, the number of processes, the padding length or
-the other masks (systems.md, section 2; the two compat draws excepted where
-their text says so).
+the other masks (the two draws of the published code excepted, as their text
+says).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def num_hidden(num_patches: int, ratio: float) -> int:
 def drop_patches(
   rng: np.random.Generator, num_patches: int, *, drop_ratio: float
 ) -> np.ndarray:
-  """Indices (int32) of the patches that stay, in noise order (2.1).
+  """Indices (int32) of the patches that stay, in noise order (MGSC).
 
   A uniform number per patch; the `num_kept` smallest stay. Ratio 0 keeps all.
   """
@@ -83,7 +83,7 @@ def drop_patches(
 def token_patches(
   rng: np.random.Generator, num_patches: int, *, ratio: float
 ) -> np.ndarray:
-  """Indices (int32) of the patches replaced by the mask vector (2.2)."""
+  """Indices (int32) of the patches replaced by the mask vector (MLTC)."""
   order_I = rng.permutation(num_patches)
   return order_I[: num_hidden(num_patches, ratio)].astype(np.int32)
 
@@ -139,7 +139,7 @@ def mask_tokens(
   word_T: np.ndarray | None = None,
   padded_draw: bool = False,
 ) -> TextMask:
-  """The masked-language-model text (2.5).
+  """The masked-language-model text (T_mlm).
 
   Args:
     rng: of this sample and this mask.
@@ -184,7 +184,7 @@ def mask_completion(
   mask_id: int,
   with_replacement: bool = False,
 ) -> TextMask:
-  """The text that MGSC and MLTC complete (2.6): all masked by the mask id.
+  """The text that MGSC and MLTC complete (T_40): all masked by the mask id.
 
   `with_replacement` (published code) draws floor(rate n) + 1 times with
   replacement, so fewer than the rate are masked.

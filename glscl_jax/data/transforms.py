@@ -2,8 +2,7 @@
 
 Everything works on (rows, columns, 3) uint8 RGB and stays uint8: the device
 normalises. Resizing is Pillow's bicubic, which antialiases; OpenCV does the
-rest, single-threaded because the pipeline has threads of its own
-(systems.md, section 4.1.6).
+rest, single-threaded because the pipeline has threads of its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Multi-head attention (section 1.1): self, cross, padded keys."""
+"""Multi-head attention: self, cross, padded keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Co-attention fusion (section 1.7, METER's way) and its poolers."""
+"""Co-attention fusion, as in METER (2111.02387), and its poolers."""
 
 from __future__ import annotations
 

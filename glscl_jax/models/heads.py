@@ -1,4 +1,4 @@
-"""Pre-training heads (section 1.8); their results are float32."""
+"""Pre-training heads; their results are float32."""
 
 from __future__ import annotations
 

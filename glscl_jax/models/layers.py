@@ -1,4 +1,4 @@
-"""Layers shared by all towers (systems' section 1.1): linear, norm, dropout."""
+"""Layers shared by all towers: linear, norm, dropout."""
 
 from __future__ import annotations
 

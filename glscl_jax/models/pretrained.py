@@ -1,4 +1,4 @@
-"""Published SCL and GLSCL checkpoints, by name (sections 8.1, 8.2, 8.4, 8.5).
+"""Published SCL and GLSCL checkpoints, by name.
 
 One table says for each of our parameters which torch array it comes from and
 how the layouts differ. It is read in both directions: `from_scl` imports
@@ -30,7 +30,7 @@ class WeightsError(errors.UserError):
   """Arrays that do not fit the model; the message lists the names."""
 
 
-# Parts of published files that no loss reads (8.4), and buffers.
+# Parts of published files that no loss reads, and buffers.
 IGNORED = (
   r"vision_transformer\.(mask_token|decoder_pos_embed)",
   r"vision_transformer\.decoder_(embed|blocks|norm|pred)\..*",
@@ -262,7 +262,7 @@ def from_scl(arrays: Mapping[str, np.ndarray], like: Params) -> Params:
 
   Returns:
     A tree like `like`, NumPy float32. A position table of another grid is
-    resized (8.5); nothing else is.
+    resized; nothing else is.
 
   Raises:
     WeightsError: missing names, names that are neither used nor in `IGNORED`,
@@ -336,7 +336,7 @@ def _shape_problems(
 
 
 def resize_matrix(old: int, new: int) -> np.ndarray:
-  """The (new, old) float64 matrix of cubic convolution (8.5).
+  """The (new, old) float64 matrix of cubic convolution.
 
   a = -0.75, borders clamped, no antialiasing: torch's bicubic with
   align_corners=False. `jax.image.resize` differs.

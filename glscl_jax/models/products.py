@@ -8,6 +8,9 @@ bfloat16 operands, which XLA runs as float32. `dot` gives its result in
 `activation_dtype(dtype)` unless another type is asked for: on CPU XLA has fast
 bfloat16 products only with float32 results, and its bfloat16 element-wise code
 is slow, so there float32 travels between the products.
+
+Shape suffixes: Z, W are rows and columns of a window, D and F its channels in
+and out.
 """
 
 from __future__ import annotations

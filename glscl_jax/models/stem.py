@@ -6,6 +6,8 @@ joins square cells of the grid before it to one and lets neighbours mix.
 
 Neighbouring patches see each other's pixels here, so hidden patches are
 blanked first: nothing of them travels.
+
+Shape suffixes: L, M are rows and columns of a grid of joined cells.
 """
 
 from __future__ import annotations

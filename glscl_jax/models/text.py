@@ -1,4 +1,4 @@
-"""Text encoder of SCL/GLSCL and MaskVLM (section 1.6): RoBERTa."""
+"""Text encoder of SCL and GLSCL: RoBERTa (1907.11692)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transformer blocks (section 1.2) and stacks of equal blocks.
+"""Transformer blocks and stacks of equal blocks.
 
 A stack keeps the parameters of its blocks stacked on a leading layer axis, so
 scanned and unrolled runs share one checkpoint format.

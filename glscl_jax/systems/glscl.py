@@ -1,4 +1,4 @@
-"""GLSCL (2306.07096) and SCL (2211.13437), section 4.1 of their common code.
+"""GLSCL (2306.07096) and SCL (2211.13437); equations in docs/systems.md.
 
     total = MLM + ITM + ITC + MGSC_image + MGSC_text
             + .2 MLTC_image + .2 MLTC_text          (SCL: without MLTC)
@@ -28,7 +28,7 @@ from glscl_jax.types import Batch, LossOutput, Params
 
 
 def objective_reads(config: ObjectiveConfig) -> dict[str, list[Reads]]:
-  """What each objective reads (table 4.1.2 of the systems' description).
+  """What each objective reads (docs/systems.md, Views and passes of one step).
 
   Versions of the image: full, drop (I~80), token (I~30), itm (own or false).
   Versions of the text: full (T), mlm (T_mlm), scl (T_40).

@@ -1,4 +1,4 @@
-"""32 pairs are learned by heart; wrong captions are noticed (tests 25, 26)."""
+"""32 pairs are learned by heart; wrong captions are noticed."""
 
 import dataclasses
 

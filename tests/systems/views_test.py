@@ -175,7 +175,7 @@ def test_false_images_of_the_data_set_are_encoded_for_half_of_the_batch(
 
 
 def test_base_costs_2_2_image_and_3_text_encodings(monkeypatch):
-  # Section 4.1.4, in units of the batch; drop keeps 64 of 324 patches.
+  # As docs/systems.md says; the drop version keeps 64 of 324 patches.
   config = config_lib.Config(
     model=config_lib.ModelConfig(
       vision=config_lib.VisionConfig(width=64, depth=1, patch_size=16),
