@@ -463,13 +463,14 @@ def test_the_tests_of_small_data_run_the_encoders_of_the_quick_start():
   recipe = config.from_config_dict(load(str(ROOT / "configs/quickstart.py")))
   made = random_pairs.config(**random_pairs.SMALL_DATA)
   assert len(made.model.vision.stem) == len(recipe.model.vision.stem)
+  # Sizes differ, and initial spreads (_std) do not matter to spread_params.
   sizes = {
     "vision": {"width", "stem"},
     "text": {"width", "vocab_size", "max_length", "num_positions"},
   }
   for part, names in sizes.items():
     for name, value in leaves(getattr(recipe.model, part)):
-      if name not in names:
+      if name not in names and not name.endswith("_std"):
         assert getattr(getattr(made.model, part), name) == value, name
   for name in ("joint_projection", "zero_residual"):
     assert getattr(made.model, name) == getattr(recipe.model, name)

@@ -78,7 +78,6 @@ SMALL_DATA = {
     "stem": (8, 16, 32),
     "stem_blocks": (1, 1, 1),
     "class_state": "mean",
-    "mask_token_std": 0.02,
   },
   "text": {"depth": 0, "class_state": "mean"},
   "joint_projection": "linear",
