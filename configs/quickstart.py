@@ -32,12 +32,13 @@ def get_config(stage: str = "glscl"):
   vision.mask_token_std = 0.02
 
   text = config.model.text
-  text.vocab_size = 2000
-  text.max_length = 24
+  text.vocab_size = 3105  # nearly every word of the captions is one piece
+  text.max_length = 24  # names have at most 11 tokens; longer ones are cut
   text.num_positions = 32
   text.width = 256
   text.depth = 0
   text.class_state = "mean"
+  text.place_std = 0.002
   text.dropout = 0.0  # at this size noise drowns the difference of two names
 
   fusion = config.model.fusion
@@ -48,7 +49,6 @@ def get_config(stage: str = "glscl"):
   config.model.joint_width = 128
   config.model.joint_projection = "linear"
   config.model.zero_residual = True
-  config.model.init_std = 0.02  # small tables of words turn faster
   config.model.remat = "none"
   config.model.scan = False
 

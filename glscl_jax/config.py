@@ -128,6 +128,8 @@ class TextConfig:
   depth: int = 12  # 0: the embeddings alone, a bag of words [choice]
   class_state: Literal["token", "mean"] = "token"  # mean: of the other valid
   # states takes the place of the first token's [choice]
+  place_std: float | None = None  # of the position and type tables at random
+  # initialisation; None: model.init_std [choice]
   num_positions: int = 514  # real tokens use rows 2, 3, ..; pads use row 1
   norm_eps: float = 1e-5
   dropout: float = 0.1
@@ -135,6 +137,8 @@ class TextConfig:
   def __post_init__(self):
     _check_positive(self, "vocab_size", "width", "norm_eps")
     _check_depth(self)
+    if self.place_std is not None:
+      _check_not_negative(self, "place_std")
     _check_ratio(self, "dropout")
     _check(self.max_length >= 3, "max_length", "needs room for 3 tokens")
     _check(

@@ -69,7 +69,7 @@ stage_install() {
 
 # prepare.py knows by itself whether the directory is whole.
 stage_data() {
-  "$python" launch/prepare.py --source=emoji --output="$data"
+  "$python" launch/prepare.py --source=emoji --output="$data" --vocab_size=3105
   chain=$(fingerprint "" "$data/manifest.json")
 }
 

@@ -250,6 +250,7 @@ def test_optional_values_take_none_and_a_value(path):
     ("model.fusion.width", 100, "not a multiple of 64"),
     ("model.vision.depth", -1, "must not be negative, is -1"),
     ("model.vision.depth", 0, "set class_state to mean"),
+    ("model.text.place_std", -0.1, "must not be negative, is -0.1"),
     ("model.text.depth", 0, "set class_state to mean"),
     ("model.text.max_length", 2, "needs room for 3 tokens"),
     ("train.num_steps", 0, "must be positive, is 0"),

@@ -28,16 +28,18 @@ class TextEncoder(nn.Module):
   @nn.compact
   def __call__(self, ids_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
     text = self.config.text
-    normal = nn.initializers.normal(self.config.init_std)
+    word_std = self.config.init_std
+    place_std = word_std if text.place_std is None else text.place_std
 
-    def table(name: str, rows: int) -> jax.Array:
+    def table(name: str, rows: int, std: float) -> jax.Array:
+      normal = nn.initializers.normal(std)
       return self.param(name, normal, (rows, text.width))
 
-    x_BTD = table("word_embedding", text.vocab_size)[ids_BT]
-    x_BTD += table("position_embedding", text.num_positions)[
+    x_BTD = table("word_embedding", text.vocab_size, word_std)[ids_BT]
+    x_BTD += table("position_embedding", text.num_positions, place_std)[
       position_ids(valid_BT)
     ]
-    x_BTD += table("type_embedding", 1)[None]
+    x_BTD += table("type_embedding", 1, place_std)[None]
     x_BTD = layers.LayerNorm(text.norm_eps, name="norm")(x_BTD)
     x_BTD = layers.Dropout(text.dropout)(
       x_BTD.astype(products.activation_dtype(self.config.compute_dtype))

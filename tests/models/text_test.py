@@ -92,3 +92,13 @@ def test_without_blocks_states_are_the_embeddings_and_their_mean(key):
   )[0]
   np.testing.assert_array_equal(other_TD[2], states_TD[2])
   assert not np.array_equal(other_TD[1], states_TD[1])
+
+
+def test_positions_can_start_smaller_than_words(key):
+  model = random_pairs.config(text={"place_std": 0.001}).model
+  params = jax.jit(text.TextEncoder(model).init)(
+    key, np.zeros((1, 4), np.int32), VALID[1:]
+  )["params"]
+  assert 0.015 < params["word_embedding"].std() < 0.025
+  assert 0.0007 < params["position_embedding"].std() < 0.0013
+  assert 0.0007 < params["type_embedding"].std() < 0.0013
