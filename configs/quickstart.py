@@ -47,7 +47,7 @@ def get_config(stage: str = "glscl"):
   fusion.dropout = 0.1
 
   config.model.joint_width = 128
-  config.model.joint_projection = "linear"
+  config.model.joint_projection = "none"
   config.model.zero_residual = True
   config.model.remat = "none"
   config.model.scan = False

@@ -101,6 +101,11 @@ class VisionConfig:
       all(n > 0 for n in self.stem), "stem", f"not all positive: {self.stem}"
     )
     _check(
+      not self.stem or self.stem[-1] == self.width,
+      "stem",
+      f"{self.stem} does not end with width {self.width}",
+    )
+    _check(
       self.patch_size % 2 ** max(len(self.stem) - 1, 0) == 0,
       "stem",
       f"{len(self.stem)} stages do not halve to patch_size {self.patch_size}",
@@ -177,8 +182,8 @@ class ModelConfig:
   text: TextConfig = field(default_factory=TextConfig)
   fusion: FusionConfig = field(default_factory=FusionConfig)
   joint_width: int = 512  # E, of the contrastive space
-  joint_projection: Literal["mlp", "linear"] = "mlp"  # into that space;
-  # linear: as MaskVLM and CLIP
+  joint_projection: Literal["mlp", "none"] = "mlp"  # into that space; none: it
+  # is that of the transformed class states [choice]
   init_std: float = 0.02  # text, fusion and heads
   zero_residual: bool = False  # encoders start as the identity: the last
   # matrix of each residual branch is 0 [choice]
@@ -189,6 +194,12 @@ class ModelConfig:
 
   def __post_init__(self):
     _check_positive(self, "joint_width", "init_std", "itc_temperature")
+    _check(
+      self.joint_projection != "none" or self.joint_width == self.fusion.width,
+      "joint_width",
+      f"{self.joint_width}, but without a projection the contrastive space has "
+      f"fusion.width {self.fusion.width}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

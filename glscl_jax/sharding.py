@@ -32,7 +32,7 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
   (r".*mlp/fc2/kernel", P("tensor", "fsdp")),
   (r"text/(word|position|type)_embedding", P(None, "fsdp")),
   (r"vision/(patch_kernel|position_embedding)", P(None, "fsdp")),
-  (r"vision/stem/.*(join|conv[12]|out)/kernel", P(None, "fsdp")),
+  (r"vision/stem/.*(join|conv[12])/kernel", P(None, "fsdp")),
   (r"fusion/(text|image)_(transform|pooler)/kernel", P(None, "fsdp")),
   (r"(mlm_head/fc1|.*_projection/fc[12])/kernel", P(None, "fsdp")),
   # By width: the vocabulary (50265) has no factor to split it by.

@@ -267,6 +267,12 @@ def test_a_value_out_of_range_names_its_path(path, value, told):
 # Values that contradict each other.
 
 
+def test_without_a_projection_the_contrastive_space_is_that_of_fusion():
+  with pytest.raises(config.ConfigError, match="has fusion.width 768"):
+    config.ModelConfig(joint_projection="none", joint_width=512)
+  config.ModelConfig(joint_projection="none", joint_width=768)
+
+
 def test_the_patch_size_must_divide_the_image():
   message = error_of("model.vision.patch_size", 15)
   assert message == (

@@ -75,12 +75,13 @@ SMALL_DATA = {
   "vision": {
     "patch_size": 16,
     "depth": 0,
-    "stem": (8, 16, 32),
+    "stem": (8, 16, 64),
     "stem_blocks": (1, 1, 1),
     "class_state": "mean",
   },
   "text": {"depth": 0, "class_state": "mean"},
-  "joint_projection": "linear",
+  "joint_projection": "none",
+  "joint_width": 64,
   "zero_residual": True,
 }
 

@@ -39,7 +39,7 @@ def patch_embedding(width: int, patch_size: int, patches: int) -> int:
 
 
 def stem(cells: int, cell_values: int, widths: tuple[int, ...], blocks) -> int:
-  """A convolution stem without its last linear map.
+  """A convolution stem.
 
   Args:
     cells: of the first stage's grid; each later stage has a quarter.
@@ -76,10 +76,9 @@ def co_attention(text_length: int, image_length: int, width: int) -> int:
   ) + cross_block(image_length, image_length, text_length, width)
 
 
-def joint_projection(width: int, joint_width: int, *, kind: str) -> int:
+def joint_projection(width: int, joint_width: int) -> int:
   """The ITC head of one modality."""
-  hidden = linear(1, width, width) if kind == "mlp" else 0
-  return hidden + linear(1, width, joint_width)
+  return linear(1, width, width) + linear(1, width, joint_width)
 
 
 def vocabulary_head(rows: int, width: int, vocab_size: int) -> int:

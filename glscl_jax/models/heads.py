@@ -10,11 +10,10 @@ from glscl_jax.models import layers
 
 
 class JointProjection(nn.Module):
-  """ITC projection: Linear(D,D), LN, GELU, Linear(D,E); or Linear(D,E)."""
+  """ITC projection: Linear(D,D), LN, GELU, Linear(D,E)."""
 
   joint_width: int
   dtype: str
-  kind: str = "mlp"  # or "linear"
 
   @nn.compact
   def __call__(self, x_BD: jax.Array) -> jax.Array:
@@ -35,10 +34,10 @@ class JointProjection(nn.Module):
         **options,
       )
 
-    if self.kind == "mlp":
-      x_BD = dense(width, "fc1")(x_BD)
-      x_BD = layers.gelu(layers.LayerNorm(1e-5, name="norm")(x_BD))
-    return dense(self.joint_width, "fc2", out_dtype="float32")(x_BD)
+    h_BD = layers.LayerNorm(1e-5, name="norm")(dense(width, "fc1")(x_BD))
+    return dense(self.joint_width, "fc2", out_dtype="float32")(
+      layers.gelu(h_BD)
+    )
 
 
 class VocabularyHead(nn.Module):

@@ -125,10 +125,4 @@ class Stem(nn.Module):
         self.config, side if i == 0 else 2, *stage, name=f"stage{i}"
       )(grid)
     x_BID = grid.reshape(grid.shape[0], -1, grid.shape[-1])
-    return layers.Dense(
-      vision.width,
-      self.config.compute_dtype,
-      use_bias=False,
-      kernel_init=nn.initializers.xavier_uniform(),
-      name="out",
-    )(layers.LayerNorm(vision.norm_eps, name="norm")(x_BID))
+    return layers.LayerNorm(vision.norm_eps, name="norm")(x_BID)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from glscl_jax.config import ModelConfig
 from glscl_jax.models import fusion, heads, layers, text, vision
@@ -20,16 +21,13 @@ class Towers(nn.Module):
 
   def setup(self):
     config = self.config
-    joint = (
-      config.joint_width,
-      config.compute_dtype,
-      config.joint_projection,
-    )
     self.vision = vision.VisionEncoder(config)
     self.text = text.TextEncoder(config)
     self.fusion = fusion.Fusion(config)
-    self.image_projection = heads.JointProjection(*joint)
-    self.text_projection = heads.JointProjection(*joint)
+    if config.joint_projection == "mlp":
+      joint = (config.joint_width, config.compute_dtype)
+      self.image_projection = heads.JointProjection(*joint)
+      self.text_projection = heads.JointProjection(*joint)
     self.temperature = layers.Values(
       (), nn.initializers.constant(config.itc_temperature)
     )
@@ -42,6 +40,8 @@ class Towers(nn.Module):
     self, text_BD: jax.Array, image_BD: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """float32 ITC vectors of transformed class tokens, not yet normalised."""
+    if self.config.joint_projection == "none":
+      return text_BD.astype(jnp.float32), image_BD.astype(jnp.float32)
     return self.text_projection(text_BD), self.image_projection(image_BD)
 
   def match_logits(self, text_BD: jax.Array, image_BD: jax.Array) -> jax.Array:

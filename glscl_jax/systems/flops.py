@@ -107,7 +107,7 @@ def embedding(config: Config) -> int:
     3 * vision.patch_size**2 // cells_a_patch,
     vision.stem,
     vision.stem_blocks,
-  ) + flops.linear(vision.num_patches, vision.stem[-1], vision.width)
+  )
 
 
 def forward(config: Config) -> Forward:
@@ -190,10 +190,9 @@ def heads(config: Config, *, mlm_rows: int) -> float:
   parts = {
     "mlm": flops.vocabulary_head(mlm_rows, width, model.text.vocab_size),
     "itm": flops.match_head(width),
-    "itc": 2
-    * flops.joint_projection(
-      width, model.joint_width, kind=model.joint_projection
-    ),
+    "itc": 2 * flops.joint_projection(width, model.joint_width)
+    if model.joint_projection == "mlp"
+    else 0,
   }
   active = glscl.active_objectives(config.objectives)
   return float(sum(parts[name] for name in parts if name in active))

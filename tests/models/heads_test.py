@@ -33,20 +33,6 @@ def test_projection_is_linear_norm_gelu_linear():
   )
 
 
-def test_a_linear_projection_is_one_matrix_and_its_bias():
-  module = heads.JointProjection(32, "float32", "linear")
-  x_BD = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
-  params = init(module, x_BD)
-  assert params.keys() == {"fc2"}
-  kernel_DE, bias_E = params["fc2"]["kernel"], params["fc2"]["bias"]
-  assert np.any(np.asarray(bias_E))
-  np.testing.assert_allclose(
-    module.apply({"params": params}, x_BD),
-    np.asarray(x_BD) @ np.asarray(kernel_DE) + np.asarray(bias_E)[None],
-    atol=1e-5,
-  )
-
-
 @pytest.mark.parametrize(
   ("module", "shape", "out_shape"),
   [

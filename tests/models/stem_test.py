@@ -7,7 +7,7 @@ from glscl_jax import config as config_lib
 from glscl_jax.models import stem
 from tests import random_pairs
 
-CONFIG = random_pairs.config(vision={"stem": (8, 16), "stem_blocks": (1, 0)})
+CONFIG = random_pairs.config(vision={"stem": (8, 64), "stem_blocks": (1, 0)})
 
 
 def test_cells_join_as_patches_do():
@@ -59,17 +59,20 @@ def test_it_gives_one_embedding_a_patch_and_reads_neighbours(key):
 @pytest.mark.parametrize(
   ("options", "path"),
   [
-    ({"stem": (8, 0), "stem_blocks": (1, 1)}, "stem: not all positive"),
-    ({"stem": (8, 16), "stem_blocks": (1,)}, "stem_blocks: needs one number"),
+    ({"stem": (0, 64), "stem_blocks": (1, 1)}, "stem: not all positive"),
+    ({"stem": (8, 16), "stem_blocks": (1, 1)}, "does not end with width 64"),
+    ({"stem": (8, 64), "stem_blocks": (1,)}, "stem_blocks: needs one number"),
     (
-      {"stem": (2,) * 5, "stem_blocks": (0,) * 5, "patch_size": 8},
+      {"stem": (2, 2, 2, 2, 64), "stem_blocks": (0,) * 5, "patch_size": 8},
       "stem: 5 stages do not halve to patch_size 8",
     ),
   ],
 )
 def test_a_stem_that_does_not_fit_names_its_field(options, path):
   with pytest.raises(config_lib.ConfigError, match=path):
-    config_lib.VisionConfig(**{"image_size": 32, "patch_size": 8} | options)
+    config_lib.VisionConfig(
+      **{"image_size": 32, "patch_size": 8, "width": 64} | options
+    )
 
 
 def test_fresh_residual_branches_can_start_as_the_identity(key):
