@@ -38,7 +38,6 @@ CONFIG = random_pairs.config(
 )
 # The first stage of the quick start.
 SMALL_DATA = random_pairs.config(
-  width=WIDTH,
   batch_size=BATCH,
   objectives=random_pairs.only("itc"),
   optimizer={

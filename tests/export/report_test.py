@@ -196,7 +196,9 @@ def test_attention_that_a_run_does_not_have_is_left_out(work, tmp_path):
 
 
 def test_a_convolution_stem_is_described():
-  vision = config_lib.VisionConfig(stem=(64, 128), stem_blocks=(1, 0))
+  vision = config_lib.VisionConfig(
+    width=128, stem=(64, 128), stem_blocks=(1, 0)
+  )
   text = report._describe_stem(vision)
   assert (
     text == ", convolution stem of widths 64, 128 with 1, 0 residual blocks"
