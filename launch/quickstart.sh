@@ -51,8 +51,8 @@ plan="
 install:install:2
 data:data:1
 towers:training:15
-glscl:training:5
-evaluate:evaluation:2
+glscl:training:6
+evaluate:evaluation:3
 export:report:1
 report:report:1
 "
