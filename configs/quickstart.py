@@ -44,7 +44,6 @@ def get_config(stage: str = "glscl"):
   fusion = config.model.fusion
   fusion.width = 128
   fusion.depth = 2
-  fusion.dropout = 0.1
 
   config.model.joint_width = 128
   config.model.joint_projection = "none"
@@ -64,7 +63,6 @@ def get_config(stage: str = "glscl"):
 
   config.objectives.itc_temperature_range = (0.001, 0.1)
   config.model.itc_temperature = 0.06
-  config.objectives.mltc_text_group = 128
 
   # Muon fits the drawings in less than half of AdamW's steps.
   config.optimizer.variant = "muon"
@@ -85,7 +83,8 @@ def get_config(stage: str = "glscl"):
     config.train.num_steps = TOWERS_STEPS
     config.train.eval_every = TOWERS_STEPS // 5
   elif stage == "glscl":
-    # The towers are trained, the fusion layers begin: they move ten times more.
+    # The encoders are trained and the fusion layers begin: these, and with them
+    # the transforms, move ten times more (five in the papers).
     config.optimizer.learning_rate = 1e-4
     config.optimizer.fusion_multiplier = 10.0
     config.optimizer.head_multiplier = 10.0

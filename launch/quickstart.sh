@@ -91,6 +91,7 @@ train() {
     ${train_arguments[@]+"${train_arguments[@]}"}
 }
 
+# 32 candidates: the default re-ranks four times as many pairs for minutes.
 stage_evaluate() {
   make_once "$work/eval/retrieval" -- \
     "$python" launch/evaluate.py --workdir="$work" --task=retrieval \

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from glscl_jax import config as config_lib
+from glscl_jax.models.towers import Towers
 from glscl_jax.systems import glscl
+from tests import random_pairs
 
 BASE = config_lib.Config()
 
@@ -71,3 +73,16 @@ def test_shapes_of_what_evaluation_asks_for(base, compute_dtype):
   assert scores.shape == (3,)
   assert maps.shape == (3, 12, 50, 325)
   assert {a.dtype for a in (text, image, scores, maps)} == {np.dtype("float32")}
+
+
+def test_without_a_projection_contrast_reads_the_transformed_states():
+  model = random_pairs.config(**random_pairs.SMALL_DATA).model
+  text_BD = np.arange(8, dtype=np.float16).reshape(2, 4)
+  image_BD = -text_BD
+  # No parameters: a projection would ask for its own.
+  found = Towers(model).apply(
+    {}, jnp.asarray(text_BD), jnp.asarray(image_BD), method="project"
+  )
+  for vectors, states in zip(found, (text_BD, image_BD), strict=True):
+    assert vectors.dtype == jnp.float32
+    np.testing.assert_array_equal(vectors, states)
