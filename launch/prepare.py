@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 
 from glscl_jax import command_line
-from glscl_jax.data import prepare
+from glscl_jax.data import prepare, tokenizer
 
 # The flags that only one source reads.
 READ_BY = {
@@ -73,6 +73,14 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     lower_bound=8,
     flag_values=values,
   )
+  flags.DEFINE_enum(
+    "tokenizer_type",
+    "unigram",
+    list(tokenizer.MODEL_TYPES),
+    "Of the tokenizer trained here. unigram: any text in pieces; word: a piece "
+    "a word, all words outside of the training captions are one.",
+    flag_values=values,
+  )
   flags.DEFINE_integer(
     "size",
     96,
@@ -122,8 +130,9 @@ def _check_needed(values: flags.FlagValues) -> None:
       if values[name].present and source != values.source:
         raise flags.Error(f"--{name} is read by --source={source} only")
   trains = values.train_tokenizer is not False and not values.tokenizer
-  if values["vocab_size"].present and not trains:
-    raise flags.Error("--vocab_size is of a tokenizer that is trained here")
+  for name in ("vocab_size", "tokenizer_type"):
+    if values[name].present and not trains:
+      raise flags.Error(f"--{name} is of a tokenizer that is trained here")
 
 
 def _prepare(values: flags.FlagValues) -> dict[str, Any]:
@@ -131,6 +140,7 @@ def _prepare(values: flags.FlagValues) -> dict[str, Any]:
     file=values.tokenizer,
     train=values.train_tokenizer,
     size=values.vocab_size,
+    model_type=values.tokenizer_type,
   )
   output = pathlib.Path(values.output)
   if values.source == "emoji":

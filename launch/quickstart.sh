@@ -69,7 +69,8 @@ stage_install() {
 
 # prepare.py knows by itself whether the directory is whole.
 stage_data() {
-  "$python" launch/prepare.py --source=emoji --output="$data" --vocab_size=3105
+  "$python" launch/prepare.py --source=emoji --output="$data" \
+    --tokenizer_type=word --vocab_size=4000
   chain=$(fingerprint "" "$data/manifest.json")
 }
 

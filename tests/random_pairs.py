@@ -79,7 +79,7 @@ SMALL_DATA = {
     "stem_blocks": (1, 1, 1),
     "class_state": "mean",
   },
-  "text": {"depth": 0, "class_state": "mean"},
+  "text": {"depth": 0, "class_state": "mean", "embedding_norm": False},
   "joint_projection": "none",
   "joint_width": 64,
   "zero_residual": True,

@@ -28,6 +28,7 @@ class Vocabulary:
   file: str = ""  # copied; empty: trained
   train: bool | None = None  # on the split `train`; None: where there is one
   size: int = 2000  # bound of the trained one
+  model_type: str = "unigram"  # of the trained one
 
   def __post_init__(self):
     if self.file and self.train:
@@ -39,7 +40,11 @@ class Vocabulary:
     """What the result depends on."""
     if self.file:
       return {"tokenizer_sha256": tokenizer.load(self.file).sha256}
-    return {"train_tokenizer": self.train, "vocab_size": self.size}
+    return {
+      "train_tokenizer": self.train,
+      "vocab_size": self.size,
+      "tokenizer_type": self.model_type,
+    }
 
 
 def prepare_emoji(
@@ -224,7 +229,9 @@ def _add_tokenizer(
   elif "train" in manifest["splits"]:
     target = directory / "tokenizer.model"
     captions = list(_read_captions(directory, manifest["splits"]["train"]))
-    tokenizer.train_sentencepiece(captions, target, vocabulary.size)
+    tokenizer.train_sentencepiece(
+      captions, target, vocabulary.size, model_type=vocabulary.model_type
+    )
   elif vocabulary.train:
     raise pairs.DataError("--train_tokenizer: there is no split 'train'")
   else:

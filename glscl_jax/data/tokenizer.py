@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import hashlib
 import io
 import pathlib
+import sys
+import tempfile
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,6 +26,9 @@ from glscl_jax import errors
 from glscl_jax.config import Config, ConfigError
 
 MASK = "<mask>"
+# unigram: any text is spelled in pieces. word: a piece a word; every word that
+# was not in the training texts is the unknown piece.
+MODEL_TYPES = ("unigram", "word")
 _WORD_START = "\u2581"  # sentencepiece's mark of a space
 
 
@@ -214,24 +221,49 @@ def load(path: str | pathlib.Path) -> Tokenizer:
 
 
 def train_sentencepiece(
-  texts: Sequence[str], path: str | pathlib.Path, vocab_size: int
+  texts: Sequence[str],
+  path: str | pathlib.Path,
+  vocab_size: int,
+  *,
+  model_type: str = "unigram",
 ) -> None:
-  """Trains a lower-casing unigram model on `texts` and writes it to `path`.
+  """Trains a lower-casing model on `texts` and writes it to `path`.
 
   Args:
     texts: the training captions and nothing else.
     path: ends in .model.
     vocab_size: V with the mask, which is an id past the model's last piece; a
       small corpus may end with fewer.
+    model_type: of MODEL_TYPES.
 
   Raises:
     TokenizerError: too few texts, or a V below the number of characters.
   """
   model = io.BytesIO()
+  with tempfile.TemporaryDirectory() as folder:
+    if model_type == "word":
+      rules = pathlib.Path(folder) / "rules.tsv"
+      rules.write_text(_word_rules())
+      normalization = {"normalization_rule_tsv": str(rules)}
+    else:
+      normalization = {"normalization_rule_name": "nmt_nfkc_cf"}
+    _train(texts, model, vocab_size, model_type, normalization)
+  pathlib.Path(path).write_bytes(model.getvalue())
+
+
+def _train(
+  texts: Sequence[str],
+  model: io.BytesIO,
+  vocab_size: int,
+  model_type: str,
+  normalization: dict[str, str],
+) -> None:
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(texts),
       model_writer=model,
+      model_type=model_type,
+      **normalization,
       vocab_size=vocab_size - 1,
       hard_vocab_limit=False,
       bos_id=0,
@@ -242,7 +274,6 @@ def train_sentencepiece(
       pad_piece="<pad>",
       eos_piece="</s>",
       unk_piece="<unk>",
-      normalization_rule_name="nmt_nfkc_cf",
       character_coverage=1.0,
       num_threads=1,
       minloglevel=2,
@@ -252,7 +283,29 @@ def train_sentencepiece(
       f"sentencepiece cannot train {vocab_size} pieces on {len(texts)} texts "
       f"(--vocab_size): {error}"
     ) from error
-  pathlib.Path(path).write_bytes(model.getvalue())
+
+
+@functools.cache
+def _word_rules() -> str:
+  """Lower-cases, and sets punctuation and symbols apart as words of their own.
+
+  The library's word model splits at spaces alone, and its built-in rules keep
+  "(red" and "red," apart from "red". A line: characters, tab, what they become,
+  in hexadecimal code points.
+  """
+  lines = []
+  for code in range(0x21, sys.maxunicode + 1):
+    char = chr(code)
+    category = unicodedata.category(char)
+    if category in ("Cn", "Co", "Cs"):
+      continue
+    plain = unicodedata.normalize("NFKC", char).casefold()
+    if category[0] in "PS":
+      plain = f" {plain} "
+    if plain != char:
+      codes = " ".join(f"{ord(c):X}" for c in plain)
+      lines.append(f"{code:X}\t{codes}\n")
+  return "".join(lines)
 
 
 def check_vocab(config: Config, tokenizer: Tokenizer) -> None:

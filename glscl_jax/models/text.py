@@ -40,7 +40,8 @@ class TextEncoder(nn.Module):
       position_ids(valid_BT)
     ]
     x_BTD += table("type_embedding", 1, place_std)[None]
-    x_BTD = layers.LayerNorm(text.norm_eps, name="norm")(x_BTD)
+    if text.embedding_norm:
+      x_BTD = layers.LayerNorm(text.norm_eps, name="norm")(x_BTD)
     x_BTD = layers.Dropout(text.dropout)(
       x_BTD.astype(products.activation_dtype(self.config.compute_dtype))
     )

@@ -201,6 +201,34 @@ def test_training_twice_gives_the_same_file(sentencepiece_file, tmp_path):
   assert path.read_bytes() == sentencepiece_file.read_bytes()
 
 
+def test_a_word_model_keeps_words_and_marks_apart(tmp_path):
+  path = tmp_path / "tokenizer.model"
+  texts = [
+    "Red heart: love, care",
+    "man (red hat)",
+    "caf\u00e9 = \u2460 \u2764",
+  ]
+  tokenizer.train_sentencepiece(texts, path, 500, model_type="word")
+  loaded = tokenizer.load(path)
+
+  def pieces(text):
+    tokens = loaded.encode(text, 12)
+    return loaded.pieces(tokens.ids_T[tokens.word_T >= 0])
+
+  assert pieces("RED,care(man)") == [
+    "\u2581red", "\u2581,", "\u2581care", "\u2581(", "\u2581man", "\u2581)"
+  ]  # fmt: skip
+  # A full-width letter, a circled digit and a symbol that stands in no text.
+  assert pieces("\uff28eart \u24601 CAF\u00c9 \u2764+") == [
+    "\u2581heart", "<unk>", "\u2581caf\u00e9", "\u2581\u2764", "<unk>"
+  ]  # fmt: skip
+  assert pieces("1") == ["\u25811"]
+  # A fragment of an unknown word is not a word; neighbours become one piece.
+  assert pieces("mantelpiece hatman red") == ["<unk>", "\u2581red"]
+  # 4 specials, the mask, 10 words and marks of two texts and 4 of the third.
+  assert loaded.vocab_size == 5 + 10 + 4
+
+
 def test_a_small_corpus_gives_a_smaller_vocabulary(tmp_path):
   path = tmp_path / "tokenizer.model"
   tokenizer.train_sentencepiece(TEXTS, path, 5000)

@@ -33,9 +33,12 @@ def test_emoji_refuses_what_only_jsonl_reads(flag):
 
 
 @pytest.mark.parametrize("flag", ["--tokenizer=t.model", "--notrain_tokenizer"])
-def test_a_vocabulary_size_without_a_training_is_refused(flag):
-  with pytest.raises(flags.Error, match="--vocab_size"):
-    parse("--vocab_size=40", flag)
+@pytest.mark.parametrize(
+  "of_training", ["--vocab_size=40", "--tokenizer_type=word"]
+)
+def test_what_only_a_trained_tokenizer_reads_is_refused(flag, of_training):
+  with pytest.raises(flags.Error, match=of_training.partition("=")[0]):
+    parse(of_training, flag)
 
 
 @pytest.mark.parametrize(

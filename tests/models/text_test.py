@@ -94,6 +94,37 @@ def test_without_blocks_states_are_the_embeddings_and_their_mean(key):
   assert not np.array_equal(other_TD[1], states_TD[1])
 
 
+def test_without_a_norm_a_bag_of_words_is_a_sum_of_table_rows(key):
+  model = random_pairs.config(
+    text={
+      "depth": 0,
+      "embedding_norm": False,
+      "class_state": "mean",
+    }
+  ).model
+  encoder = text.TextEncoder(model)
+  params = jax.jit(encoder.init)(key, np.zeros((1, 4), np.int32), VALID[1:])[
+    "params"
+  ]
+  assert set(params) == {
+    "word_embedding",
+    "position_embedding",
+    "type_embedding",
+  }
+  ids_BT = np.array([[0, 5, 2, 1]], np.int32)
+  valid_BT = np.array([[True, True, True, False]])
+  states_BTD = encoder.apply({"params": params}, ids_BT, valid_BT)
+  rows = {name: np.asarray(table) for name, table in params.items()}
+  words_TD = (
+    rows["word_embedding"][ids_BT[0]]
+    + rows["position_embedding"][[2, 3, 4, 1]]
+    + rows["type_embedding"]
+  )
+  # The mean of the other valid states stands first.
+  words_TD[0] = words_TD[1:3].mean(axis=0)
+  np.testing.assert_allclose(states_BTD[0], words_TD, atol=1e-6)
+
+
 def test_positions_can_start_smaller_than_words(key):
   model = random_pairs.config(text={"place_std": 0.001}).model
   params = jax.jit(text.TextEncoder(model).init)(
