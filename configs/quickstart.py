@@ -10,6 +10,7 @@ Two stages, as in the papers, which start from CLIP and RoBERTa weights:
 
 from glscl_jax import config as config_lib
 
+VOCAB_SIZE = 3365  # as launch/prepare.py prints for the emoji captions
 TOWERS_STEPS = 2000
 GLSCL_STEPS = 200
 
@@ -33,8 +34,8 @@ def get_config(stage: str = "glscl"):
 
   text = config.model.text
   # Fragments of words mean nothing here: "man" in "mantelpiece" is no man. A
-  # piece a word, and words that were never trained count for nearly nothing.
-  text.vocab_size = 3365
+  # piece a word, and what was never trained counts for nearly nothing.
+  text.vocab_size = VOCAB_SIZE
   text.embedding_norm = False
   text.max_length = 24  # names have at most 11 tokens; longer ones are cut
   text.num_positions = 32
@@ -71,7 +72,8 @@ def get_config(stage: str = "glscl"):
   config.optimizer.variant = "muon"
   config.optimizer.muon_rms = 0.4
   config.optimizer.schedule = "cosine"
-  config.optimizer.weight_decay = 1.0
+  # Without a norm the words that carry a caption are those that outgrow it.
+  config.optimizer.weight_decay = 2.0
 
   config.train.log_every = 20
   config.train.eval_splits = (

@@ -136,7 +136,7 @@ class TextConfig:
   place_std: float | None = None  # of the position and type tables at random
   # initialisation; None: model.init_std [choice]
   embedding_norm: bool = True  # False: a word counts by the length of its
-  # vector, so those never trained hardly count [choice]
+  # vector; those never trained shrink by optimizer.weight_decay [choice]
   num_positions: int = 514  # real tokens use rows 2, 3, ..; pads use row 1
   norm_eps: float = 1e-5
   dropout: float = 0.1

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 import hashlib
 import io
 import pathlib
-import sys
 import tempfile
-import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import sentencepiece
 import tokenizers
+from sentencepiece import sentencepiece_model_pb2
 
 from glscl_jax import errors
 from glscl_jax.config import Config, ConfigError
+from glscl_jax.data import word_rules
 
 MASK = "<mask>"
 # unigram: any text is spelled in pieces. word: a piece a word; every word that
@@ -44,6 +43,7 @@ class Tokens:
   valid_T: np.ndarray  # bool; True for the text and its two specials
   word_T: np.ndarray  # int32; word number, -1 for specials and padding
   truncated: bool
+  unknown: bool  # a part has no piece of its own
 
 
 class Tokenizer(abc.ABC):
@@ -54,6 +54,7 @@ class Tokenizer(abc.ABC):
   end_id: int
   pad_id: int
   mask_id: int
+  unknown_id: int | None  # None: every text can be written
   sha256: str  # of the file
 
   @property
@@ -84,6 +85,7 @@ class Tokenizer(abc.ABC):
       valid_T=np.arange(max_length) < used,
       word_T=word_T,
       truncated=truncated,
+      unknown=self.unknown_id in ids,
     )
 
   @abc.abstractmethod
@@ -102,7 +104,7 @@ class _SentencePiece(Tokenizer):
     model = self._model
     size = model.get_piece_size()
     self.start_id, self.end_id = model.bos_id(), model.eos_id()
-    self.pad_id = model.pad_id()
+    self.pad_id, self.unknown_id = model.pad_id(), model.unk_id()
     found = model.piece_to_id(MASK)
     has_mask = found != model.unk_id()
     # Ours have no mask piece: an id past the last one cannot come from text.
@@ -143,7 +145,9 @@ class _SentencePiece(Tokenizer):
 
   def _split(self, text: str) -> tuple[list[int], list[int]]:
     ids = self._model.encode(text)
-    starts = [self._model.id_to_piece(i).startswith(_WORD_START) for i in ids]
+    # As written, not as in the table: the unknown piece has no word mark there.
+    written = self._model.encode(text, out_type=str)
+    starts = [piece.startswith(_WORD_START) for piece in written]
     starts[:1] = [True] * len(starts[:1])
     return ids, [int(n) - 1 for n in np.cumsum(starts)]
 
@@ -156,6 +160,8 @@ class _HuggingFace(Tokenizer):
     self.end_id = self._find("</s>", "[SEP]")
     self.pad_id = self._find("<pad>", "[PAD]")
     self.mask_id = self._find(MASK, "[MASK]")
+    unknown = map(self._model.token_to_id, ("<unk>", "[UNK]"))
+    self.unknown_id = next((i for i in unknown if i is not None), None)
     self.vocab_size = max(self._model.get_vocab().values()) + 1
     self.sha256 = hashlib.sha256(data).hexdigest()
 
@@ -237,27 +243,39 @@ def train_sentencepiece(
     model_type: of MODEL_TYPES.
 
   Raises:
-    TokenizerError: too few texts, or a V below the number of characters.
+    TokenizerError: an unknown type, too few texts, or a V below the number of
+      characters (unigram) or specials (word).
   """
-  model = io.BytesIO()
-  with tempfile.TemporaryDirectory() as folder:
-    if model_type == "word":
-      rules = pathlib.Path(folder) / "rules.tsv"
-      rules.write_text(_word_rules())
-      normalization = {"normalization_rule_tsv": str(rules)}
-    else:
-      normalization = {"normalization_rule_name": "nmt_nfkc_cf"}
-    _train(texts, model, vocab_size, model_type, normalization)
-  pathlib.Path(path).write_bytes(model.getvalue())
+  if model_type == "unigram":
+    rules = {"normalization_rule_name": "nmt_nfkc_cf"}
+    proto = _train(texts, vocab_size, model_type, rules)
+  elif model_type == "word":
+    with tempfile.TemporaryDirectory() as folder:
+      file = pathlib.Path(folder) / "rules.tsv"
+      file.write_text(word_rules.normalization_rules())
+      rules = {"normalization_rule_tsv": str(file)}
+      proto = _without_path(_train(texts, vocab_size, model_type, rules))
+  else:
+    raise TokenizerError(
+      f"tokenizer type {model_type!r}: expected one of {MODEL_TYPES}"
+    )
+  pathlib.Path(path).write_bytes(proto)
+
+
+def _without_path(proto: bytes) -> bytes:
+  """The model without the name of the rules' file: equal texts, equal bytes."""
+  model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+  model.normalizer_spec.ClearField("normalization_rule_tsv")
+  return model.SerializeToString(deterministic=True)
 
 
 def _train(
   texts: Sequence[str],
-  model: io.BytesIO,
   vocab_size: int,
   model_type: str,
   normalization: dict[str, str],
-) -> None:
+) -> bytes:
+  model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(texts),
@@ -283,29 +301,7 @@ def _train(
       f"sentencepiece cannot train {vocab_size} pieces on {len(texts)} texts "
       f"(--vocab_size): {error}"
     ) from error
-
-
-@functools.cache
-def _word_rules() -> str:
-  """Lower-cases, and sets punctuation and symbols apart as words of their own.
-
-  The library's word model splits at spaces alone, and its built-in rules keep
-  "(red" and "red," apart from "red". A line: characters, tab, what they become,
-  in hexadecimal code points.
-  """
-  lines = []
-  for code in range(0x21, sys.maxunicode + 1):
-    char = chr(code)
-    category = unicodedata.category(char)
-    if category in ("Cn", "Co", "Cs"):
-      continue
-    plain = unicodedata.normalize("NFKC", char).casefold()
-    if category[0] in "PS":
-      plain = f" {plain} "
-    if plain != char:
-      codes = " ".join(f"{ord(c):X}" for c in plain)
-      lines.append(f"{code:X}\t{codes}\n")
-  return "".join(lines)
+  return model.getvalue()
 
 
 def check_vocab(config: Config, tokenizer: Tokenizer) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -91,7 +91,7 @@ class Encodings:
   image_tokens: jax.Array | None  # (A, I, D), padding rows included
   text_tokens: jax.Array | None  # (A, T, D), row = caption
   text_valid: jax.Array | None  # (A, T)
-  num_truncated: int  # captions longer than the text encoder takes
+  caption_counts: Mapping[str, int]  # how many lost something; _count_losses
   seconds: float
 
 
@@ -236,7 +236,7 @@ def encode(
     params, retrieval_set, programs, config, **settings
   )
   kept = retrieval_sets.keep_images(retrieval_set, ok_A, bad)
-  text_tokens, text_ZE, valid, num_truncated = _encode_texts(
+  text_tokens, text_ZE, valid, caption_counts = _encode_texts(
     params, kept.captions, programs, config, tokenizer, **settings
   )
   cosine_UZ = image_AE[ok_A] @ text_ZE.T
@@ -251,7 +251,7 @@ def encode(
     image_tokens=jnp.concatenate(image_tokens) if keep_tokens else None,
     text_tokens=jnp.concatenate(text_tokens) if keep_tokens else None,
     text_valid=programs.replicate(valid) if keep_tokens else None,
-    num_truncated=num_truncated,
+    caption_counts=caption_counts,
     seconds=time.perf_counter() - started,
   )
 
@@ -303,8 +303,8 @@ def _encode_texts(
   batch_size: int,
   keep_tokens: bool,
   tell: OnProgress,
-) -> tuple[list[jax.Array], np.ndarray, np.ndarray, int]:
-  """Token batches, (Z, E) vectors, (Z + padding, T) validity, truncated."""
+) -> tuple[list[jax.Array], np.ndarray, np.ndarray, dict[str, int]]:
+  """Token batches, (Z, E) vectors, (Z + padding, T) validity, and losses."""
   total = len(captions)
   encoded = [
     tokenizer.encode(text, config.model.text.max_length) for text in captions
@@ -325,8 +325,28 @@ def _encode_texts(
     tokens.append(x)
     vectors.append(np.asarray(vector, np.float32))
     tell("captions", min(start + batch_size, total), total)
-  num_truncated = sum(bool(item.truncated) for item in encoded)
-  return tokens, np.concatenate(vectors)[:total], valid, num_truncated
+  losses = _count_losses(captions, encoded)
+  return tokens, np.concatenate(vectors)[:total], valid, losses
+
+
+def _count_losses(
+  captions: Sequence[str], encoded: Sequence[tokenizers.Tokens]
+) -> dict[str, int]:
+  """Captions of which the text encoder sees less than is written.
+
+  Truncated: longer than the limit. Unknown: a part has no piece of its own.
+  Alike: another text has the same tokens, so no model can tell them apart.
+  """
+  texts = {}
+  for text, item in zip(captions, encoded, strict=True):
+    texts.setdefault(item.ids_T.tobytes(), set()).add(text)
+  return {
+    "num_truncated_captions": sum(item.truncated for item in encoded),
+    "num_unknown_captions": sum(item.unknown for item in encoded),
+    "num_alike_captions": sum(
+      len(texts[item.ids_T.tobytes()]) > 1 for item in encoded
+    ),
+  }
 
 
 def _check_head(config: config_lib.Config, name: str, why: str) -> None:
@@ -530,7 +550,8 @@ def report(
 
   Keys: split, num_images, num_captions, protocol, metrics (`i2t_r1` ..
   `t2i_median_rank`; `mean_r1` of both directions; `r_mean` of all six R@k),
-  chance (the same keys), timing, num_truncated_captions, num_bad_records,
+  chance (the same keys), timing, num_truncated_captions,
+  num_unknown_captions, num_alike_captions, num_bad_records,
   bad_records.
   """
   found = encodings.retrieval_set
@@ -563,7 +584,7 @@ def report(
     "metrics": metrics,
     "chance": chance,
     "timing": timing,
-    "num_truncated_captions": encodings.num_truncated,
+    **encodings.caption_counts,
     "num_bad_records": len(found.bad),
     "bad_records": list(found.bad),
   }

@@ -195,38 +195,80 @@ def test_our_sentencepiece_maps_an_unseen_letter_to_unknown(sentencepiece_file):
   assert loaded.pieces([3]) == ["<unk>"]
 
 
-def test_training_twice_gives_the_same_file(sentencepiece_file, tmp_path):
-  path = tmp_path / "again.model"
-  tokenizer.train_sentencepiece(TEXTS, path, 80)
-  assert path.read_bytes() == sentencepiece_file.read_bytes()
+@pytest.mark.parametrize("model_type", tokenizer.MODEL_TYPES)
+def test_training_twice_gives_the_same_file(tmp_path, model_type):
+  one, two = tmp_path / "one.model", tmp_path / "two.model"
+  for path in (one, two):
+    tokenizer.train_sentencepiece(TEXTS, path, 80, model_type=model_type)
+  assert one.read_bytes() == two.read_bytes()
 
 
-def test_a_word_model_keeps_words_and_marks_apart(tmp_path):
-  path = tmp_path / "tokenizer.model"
-  texts = [
-    "Red heart: love, care",
-    "man (red hat)",
-    "caf\u00e9 = \u2460 \u2764",
+WORD_TEXTS = [
+  "Red heart: love, care",
+  "man (red hat)",
+  "caf\u00e9 = \u2460 \u2764",
+]
+
+
+@pytest.fixture(scope="module")
+def word_model(tmp_path_factory):
+  path = tmp_path_factory.mktemp("word") / "tokenizer.model"
+  tokenizer.train_sentencepiece(WORD_TEXTS, path, 500, model_type="word")
+  return tokenizer.load(path)
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("RED,care(man)", ["red", ",", "care", "(", "man", ")"]),
+    (
+      "red\theart\nman\u2028hat\u3000red",
+      ["red", "heart", "man", "hat", "red"],
+    ),
+    ("\uff28eart 1", ["heart", "1"]),  # full width; a circled 1 is a 1
+    ("CAF\u00c9 cafe\u0301", ["caf\u00e9", "caf\u00e9"]),
+    (
+      "\u2764\ufe0f he\u00ad\u200dart",
+      ["\u2764", "heart"],
+    ),  # nothing that shows
+  ],
+)
+def test_a_word_model_sets_words_and_marks_apart(word_model, text, expected):
+  tokens = word_model.encode(text, 12)
+  in_words = tokens.word_T >= 0
+  pieces = word_model.pieces(tokens.ids_T[in_words])
+  assert pieces == [f"\u2581{word}" for word in expected]
+  np.testing.assert_array_equal(
+    tokens.word_T[in_words], np.arange(len(expected))
+  )
+  assert not tokens.unknown
+
+
+def test_unknown_words_are_one_piece_and_a_word_of_their_own(word_model):
+  # "man" and "hat" are no parts of them; neighbours become one.
+  tokens = word_model.encode("red mantelpiece hatman heart", 12)
+  assert word_model.pieces(tokens.ids_T[1:4]) == [
+    "\u2581red",
+    "<unk>",
+    "\u2581heart",
   ]
-  tokenizer.train_sentencepiece(texts, path, 500, model_type="word")
-  loaded = tokenizer.load(path)
+  np.testing.assert_array_equal(tokens.word_T[:5], [-1, 0, 1, 2, -1])
+  assert tokens.unknown
 
-  def pieces(text):
-    tokens = loaded.encode(text, 12)
-    return loaded.pieces(tokens.ids_T[tokens.word_T >= 0])
 
-  assert pieces("RED,care(man)") == [
-    "\u2581red", "\u2581,", "\u2581care", "\u2581(", "\u2581man", "\u2581)"
-  ]  # fmt: skip
-  # A full-width letter, a circled digit and a symbol that stands in no text.
-  assert pieces("\uff28eart \u24601 CAF\u00c9 \u2764+") == [
-    "\u2581heart", "<unk>", "\u2581caf\u00e9", "\u2581\u2764", "<unk>"
-  ]  # fmt: skip
-  assert pieces("1") == ["\u25811"]
-  # A fragment of an unknown word is not a word; neighbours become one piece.
-  assert pieces("mantelpiece hatman red") == ["<unk>", "\u2581red"]
-  # 4 specials, the mask, 10 words and marks of two texts and 4 of the third.
-  assert loaded.vocab_size == 5 + 10 + 4
+def test_a_word_model_holds_each_word_once(word_model):
+  words = set(
+    "red heart : love , care man ( hat ) caf\u00e9 = 1 \u2764".split()
+  )
+  assert word_model.vocab_size == len(words) + 5  # four specials and the mask
+  assert word_model.pieces(range(4)) == ["<s>", "<pad>", "</s>", "<unk>"]
+
+
+def test_another_type_of_model_is_refused(tmp_path):
+  with pytest.raises(tokenizer.TokenizerError, match="'bpe': expected one of"):
+    tokenizer.train_sentencepiece(
+      TEXTS, tmp_path / "t.model", 80, model_type="bpe"
+    )
 
 
 def test_a_small_corpus_gives_a_smaller_vocabulary(tmp_path):
