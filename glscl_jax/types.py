@@ -33,8 +33,8 @@ class Batch:
   """
 
   image_BYXC: jax.Array  # uint8; normalised on the device
-  identity_BM: jax.Array  # int32; rows that agree in any column show the same
-  # and are never each other's negatives, see data.identity
+  identity_BM: jax.Array  # int32; rows that agree in any column show the same,
+  # see data.identity and objectives.same_image
   text_ids_BT: jax.Array  # int32
   text_valid_BT: jax.Array  # bool; True where a token (or special) stands
   mlm_ids_BT: jax.Array | None = None  # T_mlm

@@ -299,7 +299,7 @@ def _run(values: flags.FlagValues) -> int:
   errors.check_writable(output, option=f"--output={output}")
   model = weights_lib.open_weights(workdir, step=values.step)
   print(f"{workdir}: step {model.step}", flush=True)
-  data_dir = values.data or model.config.data.dir
+  data_dir = model.data_dir(values.data)
   evaluate(
     model,
     data_dir=data_dir,

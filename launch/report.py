@@ -16,10 +16,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from glscl_jax import command_line, errors
+from glscl_jax import atomic, command_line, errors
 from glscl_jax.export import report
 from glscl_jax.export import weights as weights_lib
-from glscl_jax.train import checkpoint
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
@@ -83,7 +82,7 @@ def _run(values: flags.FlagValues) -> int:
   page = report.make_report(
     workdir,
     model,
-    data_dir=values.data or model.config.data.dir,
+    data_dir=model.data_dir(values.data),
     options=report.Options(
       num_queries=values.num_examples,
       num_maps=values.num_examples,
@@ -92,7 +91,7 @@ def _run(values: flags.FlagValues) -> int:
     ),
   )
   output.parent.mkdir(parents=True, exist_ok=True)
-  checkpoint.write_atomically(output, page)
+  atomic.write_text(output, page)
   print(f"wrote {output} ({len(page) / 2**20:.1f} MiB)")
   return 0
 

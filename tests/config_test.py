@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from glscl_jax import config
-from tests import random_pairs
+from tests import random_pairs, recipes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -33,8 +33,8 @@ def error_of(path, value):
   return str(caught.value)
 
 
-def parse(tmp_path, *overrides):
-  """What a launcher does with its command line."""
+def parse_tree(tmp_path, *overrides):
+  """What a launcher's command line makes of a recipe, before it is checked."""
   recipe = tmp_path / "recipe.py"
   recipe.write_text(
     "from glscl_jax import config\n"
@@ -50,7 +50,12 @@ def parse(tmp_path, *overrides):
     sys_argv=arguments,
   )
   values(arguments)
-  return config.from_config_dict(holder.value)
+  return holder.value
+
+
+def parse(tmp_path, *overrides):
+  """What a launcher does with its command line."""
+  return config.from_config_dict(parse_tree(tmp_path, *overrides))
 
 
 def leaves(tree, path=""):
@@ -348,21 +353,23 @@ def test_a_mesh_has_at_most_one_open_axis(sizes):
 
 
 def test_every_value_can_be_changed_on_the_command_line(tmp_path):
-  other = {
-    int: lambda value: value,
+  change = {
+    int: lambda value: value + 1,
     bool: lambda value: not value,
-    float: lambda value: value,
-    str: lambda value: value,
-    tuple: lambda value: value,
+    float: lambda value: value + 0.5,
+    str: lambda value: value + "x",
+    tuple: lambda value: (*value, *(value[:1] or (1,))),
     type(None): lambda value: 4,
   }
-  overrides = [
-    f"--config.{path}={other[type(value)](value)}"
-    for path, value in LEAVES.items()
-  ]
-  made = dict(leaves(parse(tmp_path, *overrides)))
-  for path, value in LEAVES.items():
-    assert made[path] == other[type(value)](value), path
+  others = {path: change[type(value)](value) for path, value in LEAVES.items()}
+  tree = parse_tree(
+    tmp_path, *(f"--config.{path}={value}" for path, value in others.items())
+  )
+  for path, other in others.items():
+    found = tree
+    for name in path.split("."):
+      found = found[name]
+    assert found == other, path
 
 
 @pytest.mark.parametrize(
@@ -415,44 +422,17 @@ def test_an_override_out_of_range_names_its_path(tmp_path):
 # The recipes.
 
 # Arguments that a recipe takes besides none.
-ARGUMENTS = {
-  "glscl_base": ("ablation",),
-  "scl_base": ("ablation",),
-  "quickstart": ("towers",),
-}
-RECIPES = [
-  recipe
-  for path in sorted((ROOT / "configs").glob("*.py"))
-  for recipe in (
-    str(path),
-    *(f"{path}:{argument}" for argument in ARGUMENTS.get(path.stem, ())),
-  )
-]
 
 
-def golden_name(recipe):
-  return pathlib.Path(recipe).name.replace(".py", "").replace(":", "_")
-
-
-def load(recipe):
-  values = flags.FlagValues()
-  arguments = ["train.py", f"--config={recipe}"]
-  holder = config_flags.DEFINE_config_file(
-    "config", lock_config=True, flag_values=values, sys_argv=arguments
-  )
-  values(arguments)
-  return holder.value
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=golden_name)
+@pytest.mark.parametrize("recipe", recipes.RECIPES, ids=recipes.golden_name)
 def test_a_recipe_is_what_its_golden_file_says(recipe, check_golden):
-  made = config.from_config_dict(load(recipe))
+  made = config.from_config_dict(recipes.load(recipe))
   check_golden(
-    f"config/{golden_name(recipe)}.json", config.to_json(made) + "\n"
+    f"config/{recipes.golden_name(recipe)}.json", config.to_json(made) + "\n"
   )
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=golden_name)
+@pytest.mark.parametrize("recipe", recipes.RECIPES, ids=recipes.golden_name)
 def test_a_recipe_names_every_value(recipe):
   """A recipe starts from the defaults, so every value can be overridden."""
 
@@ -463,11 +443,13 @@ def test_a_recipe_names_every_value(recipe):
     }
 
   default = config.to_config_dict(config.Config())
-  assert names(load(recipe).to_dict()) == names(default.to_dict())
+  assert names(recipes.load(recipe).to_dict()) == names(default.to_dict())
 
 
 def test_the_tests_of_small_data_run_the_encoders_of_the_quick_start():
-  recipe = config.from_config_dict(load(str(ROOT / "configs/quickstart.py")))
+  recipe = config.from_config_dict(
+    recipes.load(str(ROOT / "configs/quickstart.py"))
+  )
   made = random_pairs.config(**random_pairs.SMALL_DATA)
   assert len(made.model.vision.stem) == len(recipe.model.vision.stem)
   # Sizes differ, and initial spreads (_std) do not matter to spread_params.
@@ -485,4 +467,4 @@ def test_the_tests_of_small_data_run_the_encoders_of_the_quick_start():
 
 def test_every_golden_text_has_its_recipe():
   texts = {path.stem for path in (ROOT / "tests/golden/config").glob("*")}
-  assert texts == {golden_name(recipe) for recipe in RECIPES}
+  assert texts == {recipes.golden_name(recipe) for recipe in recipes.RECIPES}

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from glscl_jax import errors
+from glscl_jax import atomic, errors
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the directory; another number is another layout
@@ -145,16 +145,9 @@ def write(
       not made by this function.
   """
   check_target(data_dir)
-  target = pathlib.Path(data_dir).absolute()
-  target.parent.mkdir(parents=True, exist_ok=True)
-  for stale in target.parent.glob(f"{target.name}.tmp-*"):
-    if not _is_running(stale.name.rpartition("-")[2]):
-      shutil.rmtree(stale, ignore_errors=True)
-  scratch = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-  try:
+  with atomic.new_folder(pathlib.Path(data_dir)) as whole:
     images, contents = _ImageIndex(), _Contents()
-    built, hashes = _build(scratch / "build", splits, images, contents)
-    whole = scratch / "whole"
+    built, hashes = _build(whole.parent / "build", splits, images, contents)
     shutil.move(built, whole)
     manifest = {
       "format": FORMAT,
@@ -174,11 +167,6 @@ def write(
     }
     text = json.dumps(manifest, indent=2, sort_keys=True)
     (whole / MANIFEST).write_text(text + "\n")
-    if target.exists():
-      target.rename(scratch / "old")
-    whole.rename(target)
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
   return manifest
 
 
@@ -202,16 +190,6 @@ def _is_replaceable(target: pathlib.Path) -> bool:
   if not target.is_dir():
     return False
   return (target / MANIFEST).is_file() or not any(target.iterdir())
-
-
-def _is_running(pid: str) -> bool:
-  try:
-    os.kill(int(pid), 0)
-  except (ValueError, ProcessLookupError):
-    return False
-  except PermissionError:
-    return True
-  return True
 
 
 class _ImageIndex:

@@ -23,10 +23,10 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from glscl_jax import config as config_lib
 from glscl_jax import errors, types
+from glscl_jax import sharding as sharding_lib
 from glscl_jax.data import masking, sources, transforms
 from glscl_jax.data import tokenizer as tokenizer_lib
 
@@ -308,10 +308,10 @@ class TrainIterator:
     if self._batches is None:
       self._batches = iter(self._dataset())
     batch = next(self._batches)
-    self._step += 1
     self._count(
       batch.pop(_BAD_PAIR), batch.pop(_BAD_REASON), batch.pop(_TRUNCATED)
     )
+    self._step += 1  # last: a batch that was not delivered comes again
     return batch
 
   def get_state(self) -> dict[str, int]:
@@ -505,7 +505,7 @@ def process_block(
   Raises:
     ConfigError: the mesh gives this process rows that are not one block.
   """
-  sharding = jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
+  sharding = sharding_lib.batch_sharding(mesh)
   slices = sharding.addressable_devices_indices_map((batch_size,)).values()
   spans = [rows.indices(batch_size)[:2] for (rows,) in slices]
   return _block(spans, batch_size)
@@ -531,7 +531,7 @@ def global_batch(
   local: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh
 ) -> types.Batch:
   """Makes global arrays, split over the mesh's data and fsdp axes, of rows."""
-  sharding = jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
+  sharding = sharding_lib.batch_sharding(mesh)
   return types.Batch(
     **{
       name: jax.make_array_from_process_local_data(sharding, rows)

@@ -247,11 +247,14 @@ def _describe_data(data_dir: str, config: config_lib.Config) -> str:
 
 
 def _describe_origin(lineage: Mapping[str, Any]) -> str:
+  if "imported" in lineage:
+    return lineage["imported"]
   parent = lineage["init_from"] if "init_from" in lineage else None
   if not parent:
     return "random weights"
-  where = parent["workdir"] if "workdir" in parent else "other weights"
-  return f"{where}, step {parent['step']}"
+  if "workdir" in parent:
+    return f"{parent['workdir']}, step {parent['step']}"
+  return parent["imported"] if "imported" in parent else "other weights"
 
 
 def _spent(workdir: pathlib.Path) -> list[str]:

@@ -28,8 +28,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from glscl_jax import atomic, errors
 from glscl_jax import config as config_lib
-from glscl_jax import errors
 from glscl_jax.data import pairs, sources
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.systems import glscl
@@ -58,6 +58,20 @@ class Weights:
   metrics: dict[str, Any]  # measured on these very weights; may be empty
   lineage: dict[str, Any]  # data and runs the weights come from
 
+  def data_dir(self, chosen: str) -> str:
+    """`chosen`, else the directory that the training read.
+
+    Raises:
+      WeightsError: both are empty.
+    """
+    found = chosen or self.config.data.dir
+    if not found:
+      raise WeightsError(
+        "the weights name no data (their config.data.dir is empty): give "
+        "--data=DIR"
+      )
+    return found
+
 
 def name_arrays(params: Params) -> dict[str, np.ndarray]:
   """Arrays by the names of the file, such as "vision.ln_pre.scale"."""
@@ -83,7 +97,7 @@ def save_export(
   """Writes an export directory and returns its manifest.
 
   The directory appears whole or not at all. An earlier export in its place is
-  replaced; anything else there is left alone.
+  replaced; results and reports that stand beside it there are kept.
 
   Raises:
     WeightsError: the place is taken by something that is not an export, or a
@@ -98,45 +112,60 @@ def save_export(
   for name, array in flat.items():
     if not np.isfinite(array).all():
       raise WeightsError(f"parameter {name} is not finite: nothing is exported")
-  scratch = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-  shutil.rmtree(scratch, ignore_errors=True)
-  scratch.mkdir(parents=True)
-  try:
-    safetensors.numpy.save_file(
-      {name: np.array(array, order="C") for name, array in flat.items()},
-      scratch / MODEL,
-      # One entry: with several their order, and so the bytes, would vary.
-      metadata={"format": FORMAT},
-    )
-    config_text = config_lib.to_json(weights.config) + "\n"
-    (scratch / CONFIG).write_text(config_text, encoding="utf-8")
-    tokenizer_name = f"tokenizer{weights.tokenizer_path.suffix}"
-    shutil.copyfile(weights.tokenizer_path, scratch / tokenizer_name)
-    manifest = {
-      "format": FORMAT,
-      "format_version": FORMAT_VERSION,
-      "system": weights.config.system,
-      "step": weights.step,
-      "num_parameters": int(sum(array.size for array in flat.values())),
-      "metrics": weights.metrics,
-      "lineage": weights.lineage,
-      "config_sha256": config_lib.sha256(weights.config),
-      "files": {
-        path.name: {
-          "sha256": pairs.sha256_of(path),
-          "size": path.stat().st_size,
-        }
-        for path in sorted(scratch.iterdir())
-      },
-    }
-    text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False)
-    (scratch / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    if target.exists():
-      shutil.rmtree(target)
-    scratch.rename(target)
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
+  with atomic.new_folder(target) as whole:
+    whole.mkdir()
+    manifest = _write(whole, weights, flat)
+    _copy_others(target, whole)
   return manifest
+
+
+def _write(
+  folder: pathlib.Path, weights: Weights, flat: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+  safetensors.numpy.save_file(
+    {name: np.array(array, order="C") for name, array in flat.items()},
+    folder / MODEL,
+    # One entry: with several their order, and so the bytes, would vary.
+    metadata={"format": FORMAT},
+  )
+  config_text = config_lib.to_json(weights.config) + "\n"
+  (folder / CONFIG).write_text(config_text, encoding="utf-8")
+  tokenizer_name = f"tokenizer{weights.tokenizer_path.suffix}"
+  shutil.copyfile(weights.tokenizer_path, folder / tokenizer_name)
+  manifest = {
+    "format": FORMAT,
+    "format_version": FORMAT_VERSION,
+    "system": weights.config.system,
+    "step": weights.step,
+    "num_parameters": int(sum(array.size for array in flat.values())),
+    "metrics": weights.metrics,
+    "lineage": weights.lineage,
+    "config_sha256": config_lib.sha256(weights.config),
+    "files": {
+      path.name: {
+        "sha256": pairs.sha256_of(path),
+        "size": path.stat().st_size,
+      }
+      for path in sorted(folder.iterdir())
+    },
+  }
+  text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False)
+  (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+  return manifest
+
+
+def _copy_others(old: pathlib.Path, new: pathlib.Path) -> None:
+  """What stood beside an earlier export: results and reports written there."""
+  if not is_export(old):
+    return
+  exported = {MANIFEST, *_read_manifest(old)["files"]}
+  for path in old.iterdir():
+    if path.name in exported:
+      continue
+    if path.is_dir():
+      shutil.copytree(path, new / path.name, symlinks=True)
+    else:
+      shutil.copy2(path, new / path.name, follow_symlinks=False)
 
 
 def load_export(directory: str | os.PathLike[str]) -> Weights:

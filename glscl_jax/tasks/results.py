@@ -19,8 +19,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from glscl_jax import atomic, errors
 from glscl_jax import config as config_lib
-from glscl_jax import errors
 from glscl_jax.data import pairs
 
 METRICS = "metrics.json"
@@ -233,6 +233,4 @@ def _write_json(
   path: pathlib.Path, tree: Mapping[str, Any], *, indent: int | None
 ) -> None:
   text = json.dumps(tree, indent=indent, sort_keys=True, allow_nan=False)
-  scratch = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-  scratch.write_text(text + "\n", encoding="utf-8")
-  scratch.replace(path)
+  atomic.write_text(path, text + "\n")

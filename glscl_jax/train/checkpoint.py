@@ -24,8 +24,8 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from glscl_jax import atomic, errors
 from glscl_jax import config as config_lib
-from glscl_jax import errors
 from glscl_jax import sharding as sharding_lib
 from glscl_jax.train import state as state_lib
 
@@ -182,7 +182,7 @@ class Checkpointer:
     if not scores or jax.process_index() != 0:
       return
     step = _best(scores)
-    write_atomically(
+    atomic.write_text(
       self._workdir / "best.json",
       json.dumps({"step": step, BEST_METRIC: scores[step]}) + "\n",
     )
@@ -431,16 +431,6 @@ def restore_params(
       ),
     },
   )
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Replaces a file so that a kill leaves the old one or the new one."""
-  temporary = path.with_name(f"{path.name}.tmp")
-  with open(temporary, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 def flatten(tree: Any, *, separator: str = "/") -> dict[str, Any]:

@@ -31,8 +31,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from glscl_jax import atomic, errors, sharding
 from glscl_jax import config as config_lib
-from glscl_jax import sharding
 from glscl_jax.data import pairs, pipeline, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
 from glscl_jax.train import checkpoint, initial, journal, metrics
@@ -370,6 +370,8 @@ def _next_batch(run: _Run, stop: Stop) -> Batch | None:
   try:
     with run.clock("data"):
       return pipeline.global_batch(next(run.inputs.iterator), run.inputs.mesh)
+  except errors.UserError:
+    raise
   except Exception:
     if stop.number is None:
       raise
@@ -441,9 +443,7 @@ def _write_inputs(
   """Puts config.json and the tokenizer into the work dir."""
   if jax.process_index() != 0:
     return
-  checkpoint.write_atomically(
-    workdir / "config.json", config_lib.to_json(config) + "\n"
-  )
+  atomic.write_text(workdir / "config.json", config_lib.to_json(config) + "\n")
   target = workdir / f"tokenizer{inputs.tokenizer_path.suffix}"
   temporary = target.with_name(f"{target.name}.tmp")
   shutil.copyfile(inputs.tokenizer_path, temporary)

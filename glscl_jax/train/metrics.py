@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import tensorboardX
 
+from glscl_jax import atomic
 from glscl_jax import config as config_lib
-from glscl_jax.train import checkpoint
 
 # Dense bf16 FLOP/s of one device, from the makers' data sheets. The first
 # entry whose words all occur in `device_kind` counts.
@@ -255,7 +255,7 @@ def drop_after(path: pathlib.Path, step: int) -> int:
   lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
   kept = [line for line in lines if _step_of(line) <= step]
   if len(kept) != len(lines):
-    checkpoint.write_atomically(path, "".join(kept))
+    atomic.write_text(path, "".join(kept))
   return len(lines) - len(kept)
 
 
@@ -330,7 +330,7 @@ def _start_wandb(workdir: pathlib.Path, config: config_lib.Config) -> Any:
 
   path = workdir / "wandb_id.txt"
   if not path.is_file():
-    checkpoint.write_atomically(path, os.urandom(8).hex() + "\n")
+    atomic.write_text(path, os.urandom(8).hex() + "\n")
   return wandb.init(
     project="glscl_jax",
     name=workdir.name,

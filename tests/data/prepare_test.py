@@ -162,6 +162,16 @@ def test_another_size_makes_the_directory_again(tiny, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["emoji"]
 
 
+def test_another_type_of_tokenizer_makes_the_directory_again(tiny, tmp_path):
+  output = tmp_path / "emoji"
+  pieces = _prepare(tiny, output)["tokenizer"]
+  words = prepare.Vocabulary(size=40, model_type="word")
+  assert _prepare(tiny, output, vocabulary=words)["tokenizer"] != pieces
+  loaded = tokenizer.load(sources.tokenizer_path(output))
+  found = loaded.encode("grinning penguins", 8).ids_T[1:3]
+  assert loaded.pieces(found) == ["\u2581grinning", "<unk>"]
+
+
 def test_a_failed_preparation_leaves_the_old_directory(jsonl, tmp_path):
   output = tmp_path / "out" / "data"
   first = prepare.prepare_jsonl(output, path=jsonl(GOOD), vocabulary=SMALL)

@@ -195,6 +195,20 @@ def test_attention_that_a_run_does_not_have_is_left_out(work, tmp_path):
   assert "Where each word looks</h2><p>Not shown: no objective" in page
 
 
+@pytest.mark.parametrize(
+  ("lineage", "text"),
+  [
+    ({"init_from": None}, "random weights"),
+    ({"init_from": {"workdir": "runs/a", "step": 9}}, "runs/a, step 9"),
+    ({"init_from": None, "imported": "scl.ckpt"}, "scl.ckpt"),
+    ({"init_from": {"init_from": None, "imported": "scl.ckpt"}}, "scl.ckpt"),
+    ({"init_from": {"init_from": None, "data_sha256": "d"}}, "other weights"),
+  ],
+)
+def test_the_report_says_where_the_weights_began(lineage, text):
+  assert report._describe_origin(lineage) == text
+
+
 def test_a_convolution_stem_is_described():
   vision = config_lib.VisionConfig(
     width=128, stem=(64, 128), stem_blocks=(1, 0)

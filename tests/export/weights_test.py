@@ -160,6 +160,30 @@ def test_an_export_replaces_an_export_and_nothing_else(model, export, tmp_path):
   assert (other / "chapter.txt").read_text() == "mine"
 
 
+def test_results_beside_an_export_survive_the_next_export(model, tmp_path):
+  export = tmp_path / "export"
+  weights_lib.save_export(export, model)
+  (export / "eval" / "retrieval").mkdir(parents=True)
+  (export / "eval" / "retrieval" / "metrics.json").write_text("measured")
+  (export / "report.html").write_text("page")
+  weights_lib.save_export(export, dataclasses.replace(model, step=8))
+  assert weights_lib.load_export(export).step == 8
+  assert (export / "eval/retrieval/metrics.json").read_text() == "measured"
+  assert (export / "report.html").read_text() == "page"
+
+
+def test_weights_name_their_data_unless_another_is_chosen(model):
+  assert model.data_dir("") == model.config.data.dir
+  assert model.data_dir("other") == "other"
+  data = dataclasses.replace(model.config.data, dir="")
+  unnamed = dataclasses.replace(
+    model, config=dataclasses.replace(model.config, data=data)
+  )
+  assert unnamed.data_dir("other") == "other"
+  with pytest.raises(weights_lib.WeightsError, match="--data=DIR"):
+    unnamed.data_dir("")
+
+
 def make_workdir(model, root, *, steps=(7,), scores=None):
   """A work dir as the training leaves it, with parameters alone."""
   config = dataclasses.replace(

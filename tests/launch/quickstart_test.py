@@ -1,5 +1,6 @@
 """The stages of launch/quickstart.sh, around programs that do no work."""
 
+import importlib
 import os
 import pathlib
 import shutil
@@ -79,6 +80,18 @@ def test_a_first_start_runs_every_stage_and_shows_the_time_of_each(clone):
   assert (clone / "runs/quickstart-seed0/report.html").exists()
   for part in ("install", "data", "training", "evaluation", "report", "total"):
     assert f"\n  {part:<10} " in run.stdout
+
+
+def test_every_program_takes_the_arguments_it_is_started_with(
+  clone, monkeypatch
+):
+  _, _, lines = start(clone)
+  assert len(lines) == len(ALL)
+  monkeypatch.chdir(ROOT)  # where the recipe is
+  for line in lines:
+    name, *arguments = line.split()
+    launcher = importlib.import_module(f"launch.{name}")
+    launcher.parse([f"launch/{name}.py", *arguments])
 
 
 def test_a_second_start_makes_nothing_again(clone):

@@ -321,10 +321,3 @@ def test_what_a_kill_left_half_written_is_neither_seen_nor_kept(
   assert checkpoint.list_steps(tmp_path) == [1]
   open_checkpointer(tmp_path).close()
   assert not half.exists()
-
-
-def test_a_file_is_replaced_whole(tmp_path):
-  path = tmp_path / "file"
-  checkpoint.write_atomically(path, "old")
-  checkpoint.write_atomically(path, "new")
-  assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
