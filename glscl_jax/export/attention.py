@@ -19,7 +19,7 @@ from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, sources, transforms
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.export.weights import Weights
-from glscl_jax.systems import glscl
+from glscl_jax.systems import registry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,11 +95,12 @@ def decode(example: sources.Example) -> np.ndarray:
 @functools.lru_cache(maxsize=2)
 def _make_program(config: config_lib.Config) -> Callable[..., jax.Array]:
   """Compiled once: (params, images, ids, validity) to (B, H, T, 1 + N)."""
+  system = registry.find(config)
 
   def run(params, image_BYXC, ids_BT, valid_BT):
-    y_BID = glscl.encode_image(params, image_BYXC, config=config)
-    x_BTD = glscl.encode_text(params, ids_BT, valid_BT, config=config)
-    return glscl.cross_attention(params, x_BTD, valid_BT, y_BID, config=config)
+    y_BID = system.encode_image(params, image_BYXC, config=config)
+    x_BTD = system.encode_text(params, ids_BT, valid_BT, config=config)
+    return system.cross_attention(params, x_BTD, valid_BT, y_BID, config=config)
 
   return jax.jit(run)
 

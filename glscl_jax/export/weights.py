@@ -32,7 +32,7 @@ from glscl_jax import atomic, errors
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, sources
 from glscl_jax.data import tokenizer as tokenizers
-from glscl_jax.systems import glscl
+from glscl_jax.systems import registry
 from glscl_jax.train import checkpoint, initial
 from glscl_jax.types import Params
 
@@ -206,7 +206,8 @@ def check_parameters(
   Raises:
     WeightsError: lists what is missing, unexpected or of another shape.
   """
-  abstract = jax.eval_shape(lambda: glscl.init(config, jax.random.key(0)))
+  system = registry.find(config)
+  abstract = jax.eval_shape(lambda: system.init(config, jax.random.key(0)))
   wanted = {
     name: tuple(leaf.shape)
     for name, leaf in checkpoint.flatten(abstract, separator=".").items()

@@ -36,13 +36,17 @@ class Towers(nn.Module):
     )
     self.match_head = heads.MatchHead(config.compute_dtype, config.init_std)
 
-  def project(
-    self, text_BD: jax.Array, image_BD: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
+  def project_text(self, text_BD: jax.Array) -> jax.Array:
     """float32 ITC vectors of transformed class tokens, not yet normalised."""
     if self.config.joint_projection == "none":
-      return text_BD.astype(jnp.float32), image_BD.astype(jnp.float32)
-    return self.text_projection(text_BD), self.image_projection(image_BD)
+      return text_BD.astype(jnp.float32)
+    return self.text_projection(text_BD)
+
+  def project_image(self, image_BD: jax.Array) -> jax.Array:
+    """As `project_text`."""
+    if self.config.joint_projection == "none":
+      return image_BD.astype(jnp.float32)
+    return self.image_projection(image_BD)
 
   def match_logits(self, text_BD: jax.Array, image_BD: jax.Array) -> jax.Array:
     """(B, 2) float32; class 1 = the pair belongs together."""

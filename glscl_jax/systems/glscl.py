@@ -201,7 +201,10 @@ def encode(
   joint = labels_B = ok_B = None
   if config.objectives.itc > 0:
     itc_text = texts["full" if "full" in texts else "full:itc"]
-    joint = model.project(itc_text[:, 0], images["full"][:, 0])
+    joint = (
+      model.project_text(itc_text[:, 0]),
+      model.project_image(images["full"][:, 0]),
+    )
   if "itm" in plan.image_versions:
     show = ITM_IMAGES[config.objectives.itm_negatives]
     images["itm"], labels_B, ok_B = show(
@@ -583,19 +586,26 @@ def encode_text(
   )
 
 
-def contrastive_vectors(
-  params: Params, x_BTD: jax.Array, y_BID: jax.Array, *, config: Config
-) -> tuple[jax.Array, jax.Array]:
-  """Unit ITC vectors (text, image), each (B, E)."""
+def text_vectors(
+  params: Params, x_BTD: jax.Array, *, config: Config
+) -> jax.Array:
+  """Unit ITC vectors (B, E) of `encode_text`'s states."""
 
-  def method(model: Towers) -> tuple[jax.Array, jax.Array]:
-    return model.project(
-      model.fusion.transform_text(x_BTD[:, :1])[:, 0],
-      model.fusion.transform_image(y_BID[:, :1])[:, 0],
-    )
+  def method(model: Towers) -> jax.Array:
+    return model.project_text(model.fusion.transform_text(x_BTD[:, :1])[:, 0])
 
-  text_BE, image_BE = _apply(params, config, method)
-  return contrastive.normalize(text_BE), contrastive.normalize(image_BE)
+  return contrastive.normalize(_apply(params, config, method))
+
+
+def image_vectors(
+  params: Params, y_BID: jax.Array, *, config: Config
+) -> jax.Array:
+  """Unit ITC vectors (B, E) of `encode_image`'s states."""
+
+  def method(model: Towers) -> jax.Array:
+    return model.project_image(model.fusion.transform_image(y_BID[:, :1])[:, 0])
+
+  return contrastive.normalize(_apply(params, config, method))
 
 
 def match_scores(

@@ -32,7 +32,7 @@ from glscl_jax import config as config_lib
 from glscl_jax import errors, sharding
 from glscl_jax.data import retrieval_set as retrieval_sets
 from glscl_jax.data import tokenizer as tokenizers
-from glscl_jax.systems import glscl
+from glscl_jax.systems import registry
 from glscl_jax.tasks import ranking
 from glscl_jax.types import Params
 
@@ -142,26 +142,23 @@ class _Programs:
 def _make_programs(
   config: config_lib.Config, mesh: jax.sharding.Mesh | None
 ) -> _Programs:
+  system = registry.find(config)
+
   # Without re-ranking no token state leaves the devices.
   def encode_images(params, image_BYXC, *, keep):
-    y_BID = glscl.encode_image(params, image_BYXC, config=config)
-    # Each vector depends on its own modality only; XLA drops the other.
-    blank_B1D = jnp.zeros((len(y_BID), 1, config.model.text.width))
-    _, image_BE = glscl.contrastive_vectors(
-      params, blank_B1D, y_BID, config=config
-    )
+    y_BID = system.encode_image(params, image_BYXC, config=config)
+    image_BE = system.image_vectors(params, y_BID, config=config)
     return y_BID if keep else None, image_BE
 
   def encode_texts(params, text_ids_BT, text_valid_BT, *, keep):
-    x_BTD = glscl.encode_text(params, text_ids_BT, text_valid_BT, config=config)
-    blank_B1D = jnp.zeros((len(x_BTD), 1, config.model.vision.width))
-    text_BE, _ = glscl.contrastive_vectors(
-      params, x_BTD, blank_B1D, config=config
+    x_BTD = system.encode_text(
+      params, text_ids_BT, text_valid_BT, config=config
     )
+    text_BE = system.text_vectors(params, x_BTD, config=config)
     return x_BTD if keep else None, text_BE
 
   def match(params, x_ZTD, valid_ZT, y_UID, text_row_B, image_row_B):
-    return glscl.match_scores(
+    return system.match_scores(
       params,
       x_ZTD[text_row_B],
       valid_ZT[text_row_B],

@@ -16,7 +16,7 @@ import jax
 from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.data import pipeline
-from glscl_jax.systems import flops
+from glscl_jax.systems import registry
 from glscl_jax.train import checkpoint, initial, journal, loop, metrics
 from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib
@@ -69,7 +69,7 @@ def dry_run(
       say(initial.format_merge(config.train.init_from, merge))
       initial.check_merge(config.train.init_from, merge)
     local = next(inputs.iterator)
-    per_sample = flops.flops_per_sample(config)
+    per_sample = registry.find(config).forward(config).step
     say(
       f"model FLOPs a sample, forward and backward: {per_sample / 1e9:.3f} G; "
       f"a step of {config.data.batch_size}: "

@@ -17,7 +17,7 @@ import jax
 
 from glscl_jax import config as config_lib
 from glscl_jax import errors
-from glscl_jax.systems import flops
+from glscl_jax.systems import registry
 from glscl_jax.train import checkpoint, metrics
 
 LINE_SECONDS = 60.0  # off a terminal a line at least this often
@@ -173,7 +173,7 @@ class Speed:
     *,
     step: int,
   ):
-    self.flops_per_sample = flops.flops_per_sample(config)
+    self.flops_per_sample = registry.find(config).forward(config).step
     self._config = config
     self._clock = clock
     self._peak = peak

@@ -11,12 +11,9 @@ import jax.numpy as jnp
 
 from glscl_jax import sharding
 from glscl_jax.config import Config
-from glscl_jax.systems import glscl
+from glscl_jax.systems import registry
 from glscl_jax.train import optimizer
 from glscl_jax.types import Params
-
-SYSTEMS = {"glscl": glscl}
-
 
 STREAMS = ("params", "step")  # independent sources of randomness
 
@@ -40,7 +37,7 @@ class TrainState:
 
 def create(config: Config) -> TrainState:
   """A fresh state; pure, to be traced under jit or eval_shape."""
-  params = SYSTEMS[config.system].init(config, stream_key(config, "params"))
+  params = registry.find(config).init(config, stream_key(config, "params"))
   transform = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
   return TrainState(
     step=jnp.zeros((), jnp.int32),

@@ -10,13 +10,9 @@ import optax
 
 from glscl_jax import sharding
 from glscl_jax.config import Config
+from glscl_jax.systems import registry
 from glscl_jax.train import optimizer
-from glscl_jax.train.state import (
-  SYSTEMS,
-  TrainState,
-  abstract_state,
-  stream_key,
-)
+from glscl_jax.train.state import TrainState, abstract_state, stream_key
 from glscl_jax.types import Batch
 
 Metrics = dict[str, jax.Array]
@@ -37,7 +33,7 @@ def train_step(
   place in the schedule, as they are and is counted; the loop decides when to
   give up.
   """
-  system = SYSTEMS[config.system]
+  system = registry.find(config)
 
   def loss_fn(params):
     output = system.loss(

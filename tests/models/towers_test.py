@@ -60,12 +60,13 @@ def test_shapes_of_what_evaluation_asks_for(base, compute_dtype):
     return (
       x_BTD,
       y_BID,
-      glscl.contrastive_vectors(params, x_BTD, y_BID, config=config),
+      glscl.text_vectors(params, x_BTD, config=config),
+      glscl.image_vectors(params, y_BID, config=config),
       glscl.match_scores(params, *states, config=config),
       glscl.cross_attention(params, *states, config=config),
     )
 
-  x, y, (text, image), scores, maps = jax.eval_shape(
+  x, y, text, image, scores, maps = jax.eval_shape(
     everything, base, image_BYXC, ids_BT, valid_BT
   )
   assert (x.shape, y.shape) == ((3, 50, 768), (3, 325, 768))

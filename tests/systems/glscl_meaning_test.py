@@ -381,7 +381,10 @@ def test_evaluation_encodes_what_training_contrasts():
       params, batch.text_ids_BT, batch.text_valid_BT, config=CONFIG
     )
     y_BID = glscl.encode_image(params, batch.image_BYXC, config=CONFIG)
-    return glscl.contrastive_vectors(params, x_BTD, y_BID, config=CONFIG)
+    return (
+      glscl.text_vectors(params, x_BTD, config=CONFIG),
+      glscl.image_vectors(params, y_BID, config=CONFIG),
+    )
 
   text_BE, image_BE = vectors(PARAMS, BATCH)
   np.testing.assert_allclose(jnp.linalg.norm(text_BE, axis=1), 1.0, rtol=1e-5)

@@ -140,9 +140,8 @@ def scores(trained):
       params, batch.text_ids_BT, valid_BT, config=CONFIG
     )
     y_BID = glscl.encode_image(params, batch.image_BYXC, config=CONFIG)
-    text_BE, image_BE = glscl.contrastive_vectors(
-      params, x_BTD, y_BID, config=CONFIG
-    )
+    text_BE = glscl.text_vectors(params, x_BTD, config=CONFIG)
+    image_BE = glscl.image_vectors(params, y_BID, config=CONFIG)
     text, image = np.divmod(np.arange(NUM_PAIRS**2), NUM_PAIRS)
     match = glscl.match_scores(
       params, x_BTD[text], valid_BT[text], y_BID[image], config=CONFIG

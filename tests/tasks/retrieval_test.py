@@ -108,17 +108,13 @@ def test_cosines_are_those_of_the_model_one_by_one(model, encodings):
       )
     )
     tokens = model.tokenizer.encode(found.captions[j], 20)
-    text, image = glscl.contrastive_vectors(
-      model.params,
-      glscl.encode_text(
-        model.params,
-        tokens.ids_T[None],
-        tokens.valid_T[None],
-        config=model.config,
-      ),
-      glscl.encode_image(model.params, batch.image_BYXC, config=model.config),
-      config=model.config,
+    config = model.config
+    x_BTD = glscl.encode_text(
+      model.params, tokens.ids_T[None], tokens.valid_T[None], config=config
     )
+    y_BID = glscl.encode_image(model.params, batch.image_BYXC, config=config)
+    text = glscl.text_vectors(model.params, x_BTD, config=config)
+    image = glscl.image_vectors(model.params, y_BID, config=config)
     expected = float((text * image).sum())
     assert encodings.cosine_UZ[i, j] == pytest.approx(expected, abs=1e-5)
 

@@ -9,7 +9,7 @@ import pytest
 from glscl_jax import config as config_lib
 from glscl_jax.models import flops as model_flops
 from glscl_jax.objectives import contrastive
-from glscl_jax.systems import flops, glscl
+from glscl_jax.systems import flops, glscl, glscl_flops
 from tests import random_pairs
 
 BASE = config_lib.Config()
@@ -25,7 +25,7 @@ def published_forward(config: config_lib.Config) -> flops.Forward:
   Every pass encodes its image and its text again, all rows go through the
   last layer, all text positions through the vocabulary head.
   """
-  weights, sizes = config.objectives, flops.make_sizes(config)
+  weights, sizes = config.objectives, glscl_flops.make_sizes(config)
   completes = max(
     weights.mgsc_image,
     weights.mgsc_text,
@@ -48,18 +48,18 @@ def published_forward(config: config_lib.Config) -> flops.Forward:
   return flops.Forward(
     image=float(
       sum(
-        flops.embedding(config) + flops.image_encoding(config, n)
+        glscl_flops.embedding(config) + glscl_flops.image_encoding(config, n)
         for n in encoded
       )
     ),
-    text=float(len(encoded) * flops.text_encoding(config)),
+    text=float(len(encoded) * glscl_flops.text_encoding(config)),
     fusion=float(
       sum(
         fusion.depth * model_flops.co_attention(sizes.text, n, fusion.width)
         for n in fused
       )
     ),
-    heads=flops.heads(config, mlm_rows=sizes.text),
+    heads=glscl_flops.heads(config, mlm_rows=sizes.text),
   )
 
 
@@ -129,7 +129,7 @@ def test_the_count_is_that_of_the_products_the_system_runs(
   monkeypatch.setattr(contrastive, "accuracy", lambda *_: jnp.zeros(()))
   config = random_pairs.config(batch_size=2, **options)
   counted = count_products(trace(config).jaxpr)
-  assert counted == 2 * flops.forward(config).total
+  assert counted == 2 * glscl_flops.forward(config).total
 
 
 def test_xla_counts_the_same_for_forward_and_backward():
@@ -154,7 +154,7 @@ def test_xla_counts_the_same_for_forward_and_backward():
     params, random_pairs.batch(config), jax.random.key(0)
   )
   per_sample = lowered.cost_analysis()["flops"] / 16
-  assert per_sample == pytest.approx(flops.flops_per_sample(config), rel=0.03)
+  assert per_sample == pytest.approx(glscl_flops.forward(config).step, rel=0.03)
 
 
 def test_base_costs_what_the_published_measurement_says():
@@ -166,7 +166,7 @@ def test_base_costs_what_the_published_measurement_says():
       BASE.model, vision=config_lib.VisionConfig(depth=12)
     ),
   )
-  ours, published = flops.forward(twelve), published_forward(twelve)
+  ours, published = glscl_flops.forward(twelve), published_forward(twelve)
   assert ours.total / 1e9 == pytest.approx(329, rel=0.005)
   assert published.total / 1e9 == pytest.approx(560, rel=0.005)
   assert published.image / 1e9 == pytest.approx(311, rel=0.005)
@@ -176,7 +176,7 @@ def test_base_costs_what_the_published_measurement_says():
 
 def test_sharing_saves_more_than_a_third():
   published = (1 + flops.BACKWARD) * published_forward(BASE).total
-  assert 0.38 < 1 - flops.flops_per_sample(BASE) / published < 0.45
+  assert 0.38 < 1 - glscl_flops.forward(BASE).step / published < 0.45
 
 
 def test_false_images_of_the_data_set_cost_half_an_encoding():
@@ -184,30 +184,30 @@ def test_false_images_of_the_data_set_cost_half_an_encoding():
     BASE,
     objectives=config_lib.ObjectiveConfig(itm_negatives="dataset"),
   )
-  extra = flops.forward(from_data).image - flops.forward(BASE).image
+  extra = glscl_flops.forward(from_data).image - glscl_flops.forward(BASE).image
   assert extra == 0.5 * (
-    flops.embedding(BASE) + flops.image_encoding(BASE, 325)
+    glscl_flops.embedding(BASE) + glscl_flops.image_encoding(BASE, 325)
   )
 
 
 def test_without_local_completion_the_token_pass_is_gone():
-  ours, published = flops.forward(SCL), published_forward(SCL)
-  full = flops.image_encoding(BASE, 325)
-  assert flops.forward(BASE).image - ours.image == full
+  ours, published = glscl_flops.forward(SCL), published_forward(SCL)
+  full = glscl_flops.image_encoding(BASE, 325)
+  assert glscl_flops.forward(BASE).image - ours.image == full
   assert published_forward(BASE).image - published.image == (
-    full + flops.embedding(BASE)
+    full + glscl_flops.embedding(BASE)
   )
-  assert published.text == 5 * flops.text_encoding(BASE)
+  assert published.text == 5 * glscl_flops.text_encoding(BASE)
 
 
 def test_a_step_is_three_forward_passes_but_for_what_only_targets_read():
-  once = flops.forward(BASE)
+  once = glscl_flops.forward(BASE)
   assert 0 < once.targets < once.fusion
-  step = flops.flops_per_sample(BASE)
+  step = glscl_flops.forward(BASE).step
   assert step == 3 * once.total - 2 * once.targets
   # The image stream of the text pass and the text stream of the drop pass.
   streams = {("image", "full", "scl"), ("text", "drop", "full")}
-  trained = flops.trained_streams(BASE.objectives)
+  trained = glscl_flops.trained_streams(BASE.objectives)
   plan = glscl.make_plan(BASE.objectives)
   assert streams == {
     (stream, fused.image, fused.text)
