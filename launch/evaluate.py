@@ -2,7 +2,7 @@
 
   python launch/evaluate.py --workdir=DIR --task=retrieval
   python launch/evaluate.py --workdir=DIR --data=OTHER --splits=test \
-      --rerank=none,itm --rerank_k=64
+      --rerank=none,querybank,itm --rerank_k=64
 
 DIR is a work dir of launch/train.py or a directory of launch/export.py. Writes
 metrics.json and predictions.json to DIR/eval/TASK; what is in them is in
@@ -11,6 +11,7 @@ docs/evaluation.md. Exit code 0: done. 2: `error: ...` says what to change.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import sys
 import time
@@ -69,6 +70,18 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     "rerank",
     ["none"],
     f"Any of {', '.join(retrieval.RERANKS)}.",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "querybank",
+    "train",
+    "querybank: split whose queries tell which candidates are hubs.",
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    "querybank_temperature",
+    retrieval.Protocol.querybank_temperature,
+    "querybank: temperature, in units of the cosine.",
     flag_values=values,
   )
   flags.DEFINE_integer(
@@ -170,6 +183,16 @@ def choose_splits(data_dir: str, asked: list[str]) -> list[str]:
   )
 
 
+def check_querybank(data_dir: str, split: str) -> None:
+  """Raises DataError where the data has no such split."""
+  there = sources.splits(data_dir)
+  if split not in there:
+    raise pairs.DataError(
+      f"--querybank={split}: {data_dir} has no such split; it has "
+      f"{sorted(there)}"
+    )
+
+
 def format_result(result: Mapping[str, Any]) -> str:
   """A small table: each number with chance beside it."""
   protocol, numbers = result["protocol"], result["metrics"]
@@ -229,22 +252,33 @@ def evaluate(
     params = jax.device_put(params, sharding.replicated(mesh))
   else:
     params = jax.device_put(params)
+  encode = functools.partial(
+    retrieval.encode,
+    params,
+    config=model.config,
+    tokenizer=text_tokenizer,
+    batch_size=batch_size,
+    mesh=mesh,
+  )
+  banks = {p.querybank for p in protocols if p.rerank == "querybank"}
+  bank_of = {
+    split: encode(
+      retrieval_set.read(data_dir, split, captions=captions),
+      on_progress=Progress(f"querybank {split}"),
+    )
+    for split in banks
+  }
   for number, split in enumerate(splits, 1):
     progress = Progress(f"[{number}/{len(splits)}] {split}")
-    encodings = retrieval.encode(
-      params,
+    encodings = encode(
       retrieval_set.read(data_dir, split, captions=captions),
-      config=model.config,
-      tokenizer=text_tokenizer,
-      batch_size=batch_size,
-      keep_tokens=any(p.rerank != "none" for p in protocols),
-      mesh=mesh,
+      keep_tokens=any(p.fuses for p in protocols),
       on_progress=progress,
     )
     fused: dict[int | None, retrieval.Fused] = {}
     for protocol in protocols:
       count = protocol.candidates
-      if protocol.rerank != "none" and count not in fused:
+      if protocol.fuses and count not in fused:
         fused[count] = retrieval.fuse(
           params,
           encodings,
@@ -257,7 +291,10 @@ def evaluate(
       rankings = retrieval.rank(
         encodings,
         protocol=protocol,
-        fused=None if protocol.rerank == "none" else fused[count],
+        fused=fused[count] if protocol.fuses else None,
+        bank=bank_of[protocol.querybank]
+        if protocol.rerank == "querybank"
+        else None,
       )
       result = retrieval.report(encodings, rankings, protocol=protocol)
       result["lineage"] = results.make_lineage(
@@ -288,6 +325,8 @@ def _run(values: flags.FlagValues) -> int:
   protocols = [
     retrieval.Protocol(
       rerank=rerank,
+      querybank=values.querybank,
+      querybank_temperature=values.querybank_temperature,
       rerank_k=values.rerank_k,
       itc_weight=values.itc_weight,
       captions=values.captions,
@@ -300,6 +339,8 @@ def _run(values: flags.FlagValues) -> int:
   model = weights_lib.open_weights(workdir, step=values.step)
   print(f"{workdir}: step {model.step}", flush=True)
   data_dir = model.data_dir(values.data)
+  if "querybank" in values.rerank:
+    check_querybank(data_dir, values.querybank)
   evaluate(
     model,
     data_dir=data_dir,

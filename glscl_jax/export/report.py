@@ -154,6 +154,8 @@ def protocol_label(protocol: Mapping[str, Any]) -> str:
   kind = protocol["rerank"]
   if kind == "none":
     label = "dual encoder (cosine)"
+  elif kind == "querybank":
+    label = f"dual encoder, querybank {protocol['querybank']}"
   elif kind == "full":
     label = "fusion (ITM) on all pairs"
   else:

@@ -150,6 +150,10 @@ def _find_pickers(training: Mapping[str, Any], data: DataSet) -> frozenset[str]:
 def protocol_key(protocol: Mapping[str, Any]) -> str:
   """A short name of a protocol, such as "itm_k128" or "none_all_captions"."""
   parts = [protocol["rerank"]]
+  if "querybank" in protocol:
+    parts.append(
+      f"{protocol['querybank']}_t{protocol['querybank_temperature']:g}"
+    )
   if "rerank_k" in protocol:
     parts.append(f"k{protocol['rerank_k']}")
   if "itc_weight" in protocol:

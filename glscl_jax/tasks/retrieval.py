@@ -33,11 +33,11 @@ from glscl_jax import errors, sharding
 from glscl_jax.data import retrieval_set as retrieval_sets
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.systems import registry
-from glscl_jax.tasks import ranking
+from glscl_jax.tasks import querybank, ranking
 from glscl_jax.types import Params
 
-Rerank = Literal["none", "itm", "itm_plus_itc", "full"]
-RERANKS = ("none", "itm", "itm_plus_itc", "full")
+Rerank = Literal["none", "querybank", "itm", "itm_plus_itc", "full"]
+RERANKS = ("none", "querybank", "itm", "itm_plus_itc", "full")
 DIRECTIONS = ("i2t", "t2i")
 DEFAULT_RERANK_K = 128
 SHOWN = 10  # best candidates kept for predictions
@@ -54,7 +54,9 @@ class Protocol:
   """How candidates are ordered; part of every result."""
 
   rerank: Rerank = "none"
-  rerank_k: int = DEFAULT_RERANK_K  # candidates a query; not for none, full
+  querybank: str = "train"  # split whose queries are the bank
+  querybank_temperature: float = 0.1  # in cosines; .05 in the paper [choice]
+  rerank_k: int = DEFAULT_RERANK_K  # candidates a query of itm, itm_plus_itc
   itc_weight: float = 1.0  # itm_plus_itc only
   captions: retrieval_sets.CaptionChoice = "first"
 
@@ -63,6 +65,16 @@ class Protocol:
       raise RetrievalError(f"rerank={self.rerank!r} is not one of {RERANKS}")
     if self.rerank_k < 1:
       raise RetrievalError(f"rerank_k must be positive, is {self.rerank_k}")
+    if not self.querybank_temperature > 0:
+      raise RetrievalError(
+        "querybank_temperature must be positive, is "
+        f"{self.querybank_temperature}"
+      )
+
+  @property
+  def fuses(self) -> bool:
+    """Whether the fusion layers score pairs."""
+    return self.rerank not in ("none", "querybank")
 
   @property
   def candidates(self) -> int | None:
@@ -72,6 +84,9 @@ class Protocol:
   def describe(self) -> dict[str, Any]:
     """What a result file says about it; only what took part."""
     facts: dict[str, Any] = {"rerank": self.rerank, "captions": self.captions}
+    if self.rerank == "querybank":
+      facts["querybank"] = self.querybank
+      facts["querybank_temperature"] = self.querybank_temperature
     if self.rerank in ("itm", "itm_plus_itc"):
       facts["rerank_k"] = self.rerank_k
     if self.rerank == "itm_plus_itc":
@@ -86,6 +101,8 @@ class Encodings:
   """A split encoded once. Token arrays stay on the device, or are None."""
 
   retrieval_set: retrieval_sets.RetrievalSet  # undecodable images left out
+  image_UE: np.ndarray  # float32, unit
+  text_ZE: np.ndarray  # float32, unit
   cosine_UZ: np.ndarray  # float32
   image_row_U: np.ndarray  # row of `image_tokens`
   image_tokens: jax.Array | None  # (A, I, D), padding rows included
@@ -236,13 +253,16 @@ def encode(
   text_tokens, text_ZE, valid, caption_counts = _encode_texts(
     params, kept.captions, programs, config, tokenizer, **settings
   )
-  cosine_UZ = image_AE[ok_A] @ text_ZE.T
+  image_UE = image_AE[ok_A]
+  cosine_UZ = image_UE @ text_ZE.T
   if not np.isfinite(cosine_UZ).all():
     raise RetrievalError(
       f"split {kept.split!r}: the model gives cosines that are not finite"
     )
   return Encodings(
     retrieval_set=kept,
+    image_UE=image_UE,
+    text_ZE=text_ZE,
     cosine_UZ=cosine_UZ,
     image_row_U=np.flatnonzero(ok_A),
     image_tokens=jnp.concatenate(image_tokens) if keep_tokens else None,
@@ -430,24 +450,30 @@ def _pair_numbers(
 
 
 def rank(
-  encodings: Encodings, *, protocol: Protocol, fused: Fused | None = None
+  encodings: Encodings,
+  *,
+  protocol: Protocol,
+  fused: Fused | None = None,
+  bank: Encodings | None = None,
 ) -> Rankings:
   """Orders all captions for each image and all images for each caption.
 
   Args:
     encodings: of the split.
     protocol: how candidates are ordered.
-    fused: of `protocol.candidates` candidates; None for rerank="none".
+    fused: of `protocol.candidates` candidates, where the protocol fuses.
+    bank: of the split `protocol.querybank`, where the protocol asks for one.
 
   Raises:
-    RetrievalError: `fused` is not what the protocol asks for.
+    RetrievalError: `fused` or `bank` is not what the protocol asks for.
   """
   cosine_UZ = encodings.cosine_UZ
   relevant_UZ = encodings.retrieval_set.relevant_UZ
-  if protocol.rerank == "none":
+  if not protocol.fuses:
+    i2t_UZ, t2i_ZU = _scores_of_vectors(encodings, protocol, bank)
     return Rankings(
-      i2t=_rank_by_score(cosine_UZ, relevant_UZ),
-      t2i=_rank_by_score(cosine_UZ.T, relevant_UZ.T),
+      i2t=_rank_by_score(i2t_UZ, relevant_UZ),
+      t2i=_rank_by_score(t2i_ZU, relevant_UZ.T),
       fused=None,
     )
   if fused is None or fused.count != protocol.candidates:
@@ -474,6 +500,24 @@ def rank(
       cosine_UZ.T, relevant_UZ.T, fused.images_ZJ, look_up(of_captions)
     ),
     fused=fused,
+  )
+
+
+def _scores_of_vectors(
+  encodings: Encodings, protocol: Protocol, bank: Encodings | None
+) -> tuple[np.ndarray, np.ndarray]:
+  """What the dual encoder orders by: of images (U, Z), of captions (Z, U)."""
+  cosine_UZ = encodings.cosine_UZ
+  if protocol.rerank == "none":
+    return cosine_UZ, cosine_UZ.T
+  if bank is None or bank.retrieval_set.split != protocol.querybank:
+    raise RetrievalError(f"no bank of queries for {protocol}")
+  normalize = functools.partial(
+    querybank.normalize, temperature=protocol.querybank_temperature
+  )
+  return (
+    normalize(cosine_UZ, bank.image_UE, encodings.text_ZE),
+    normalize(cosine_UZ.T, bank.text_ZE, encodings.image_UE),
   )
 
 
@@ -647,18 +691,22 @@ def evaluate(
   on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
   """Reads, encodes and ranks one split by one protocol; see `report`."""
-  encodings = encode(
-    params,
-    retrieval_sets.read(data_dir, split, captions=protocol.captions),
+  encode_split = functools.partial(
+    encode,
     config=config,
     tokenizer=tokenizer,
     batch_size=batch_size,
-    keep_tokens=protocol.rerank != "none",
     mesh=mesh,
     on_progress=on_progress,
   )
-  fused = None
-  if protocol.rerank != "none":
+  read = functools.partial(
+    retrieval_sets.read, data_dir, captions=protocol.captions
+  )
+  encodings = encode_split(params, read(split), keep_tokens=protocol.fuses)
+  fused = bank = None
+  if protocol.rerank == "querybank":
+    bank = encode_split(params, read(protocol.querybank))
+  if protocol.fuses:
     fused = fuse(
       params,
       encodings,
@@ -668,5 +716,5 @@ def evaluate(
       mesh=mesh,
       on_progress=on_progress,
     )
-  rankings = rank(encodings, protocol=protocol, fused=fused)
+  rankings = rank(encodings, protocol=protocol, fused=fused, bank=bank)
   return report(encodings, rankings, protocol=protocol)

@@ -66,7 +66,7 @@ def work(tmp_path_factory):
   found = run(
     evaluate_launcher,
     f"--workdir={export}",
-    "--rerank=none,itm",
+    "--rerank=none,querybank,itm",
     "--rerank_k=3",
     "--batch_size=8",
     "--pair_batch_size=16",
@@ -106,7 +106,7 @@ def test_the_four_cells_are_the_default_and_keep_both_protocols(work):
   (cells,) = tree["results"].values()
   assert tuple(sorted(cells)) == tuple(sorted(CELLS))
   for split, protocols in cells.items():
-    assert protocols.keys() == {"none", "itm_k3"}
+    assert protocols.keys() == {"none", "querybank_train_t0.1", "itm_k3"}
     for entry in protocols.values():
       assert entry["num_images"] == 8 and entry["split"] == split
       assert entry["lineage"]["step"] == 7
@@ -145,6 +145,7 @@ def test_the_page_shows_curves_cells_examples_and_attention(page):
   for text in (
     "unseen studio, unseen concepts",
     "dual encoder (cosine)",
+    "dual encoder, querybank train",
     "re-ranked by ITM, k = 3",
     "chance",
     "Training",
@@ -261,6 +262,11 @@ def test_export_of_an_export_carries_the_measured_metrics(work, tmp_path):
     (evaluate_launcher, ["--workdir={}", "--rerank=best"], "rerank='best'"),
     (evaluate_launcher, ["--workdir=/nowhere", "--rerank="], "--rerank is"),
     (evaluate_launcher, ["--workdir={}", "--splits=val"], "no split 'val'"),
+    (
+      evaluate_launcher,
+      ["--workdir={}", "--rerank=querybank", "--querybank=val"],
+      "--querybank=val: ",
+    ),
     (evaluate_launcher, ["--workdir={}", "--data=/no"], "no such data dir"),
     (evaluate_launcher, ["--workdir={}", "--step=3"], "no step '3'"),
     (export_launcher, ["--workdir={}"], "--output is missing"),

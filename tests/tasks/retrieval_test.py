@@ -170,6 +170,61 @@ def test_one_candidate_keeps_the_best_by_cosine_first(model, encodings):
   np.testing.assert_array_equal(found.t2i.top_QJ[:, 0], plain.t2i.top_QJ[:, 0])
 
 
+def test_a_querybank_takes_its_own_modality_and_split(model, encodings):
+  protocol = retrieval.Protocol(rerank="querybank", querybank="test")
+  found = retrieval.rank(encodings, protocol=protocol, bank=encodings)
+  expected = {}
+  for direction, score_QA, bank_BE, candidate_AE in (
+    ("i2t", encodings.cosine_UZ, encodings.image_UE, encodings.text_ZE),
+    ("t2i", encodings.cosine_UZ.T, encodings.text_ZE, encodings.image_UE),
+  ):
+    hub_A = np.log(np.exp(bank_BE @ candidate_AE.T / 0.1).mean(0)) * 0.1
+    expected[direction] = np.sort(score_QA - hub_A[None])[:, ::-1][:, :10]
+  np.testing.assert_allclose(found.i2t.top_score_QJ, expected["i2t"], atol=1e-5)
+  np.testing.assert_allclose(found.t2i.top_score_QJ, expected["t2i"], atol=1e-5)
+  assert found.fused is None
+  for bank, split in ((None, "test"), (encodings, "train")):
+    asked = dataclasses.replace(protocol, querybank=split)
+    with pytest.raises(retrieval.RetrievalError, match="no bank of queries"):
+      retrieval.rank(encodings, protocol=asked, bank=bank)
+
+
+def test_one_call_reads_the_querybank_too(model):
+  protocol = retrieval.Protocol(
+    rerank="querybank", querybank="test", captions="all"
+  )
+  result = retrieval.evaluate(
+    model.params,
+    model.config,
+    model.tokenizer,
+    model.data_dir,
+    "test",
+    protocol=protocol,
+  )
+  assert result["protocol"]["querybank"] == "test"
+  assert result["protocol"]["querybank_temperature"] == 0.1
+  assert "num_pairs" not in result["timing"]
+
+
+def test_captions_that_lose_something_are_counted(model, encodings):
+  names = ("red square", "RED  square", "\u4e2d", "red " * 40)
+  found = retrieval.encode(
+    model.params,
+    dataclasses.replace(
+      encodings.retrieval_set,
+      captions=names,
+      relevant_UZ=np.ones((9, len(names)), bool),
+    ),
+    config=model.config,
+    tokenizer=model.tokenizer,
+  )
+  assert found.caption_counts == {
+    "num_truncated_captions": 1,
+    "num_unknown_captions": 1,
+    "num_alike_captions": 2,
+  }
+
+
 def test_a_collapsed_model_scores_zero(model):
   zero = jax.tree.map(np.zeros_like, model.params)
   for protocol in (
@@ -266,3 +321,5 @@ def test_a_model_without_the_head_is_refused(model):
 def test_an_unknown_protocol_is_refused():
   with pytest.raises(retrieval.RetrievalError, match="rerank='best'"):
     retrieval.Protocol(rerank="best")
+  with pytest.raises(retrieval.RetrievalError, match="querybank_temperature"):
+    retrieval.Protocol(rerank="querybank", querybank_temperature=0.0)
