@@ -48,11 +48,11 @@ train_arguments=("$@")
 
 # name:part of the final time table:minutes expected on two cores
 plan="
-install:install:2
+install:install:1
 data:data:1
 towers:training:15
 glscl:training:6
-evaluate:evaluation:3
+evaluate:evaluation:2
 export:report:1
 report:report:1
 "
