@@ -37,6 +37,13 @@ EMOJI_CELLS = (
 )
 
 
+CAPTION_LOSSES = {
+  "truncated": "longer than the text encoder takes",
+  "unknown": "with words that the tokenizer does not know",
+  "alike": "with the same tokens as another one",
+}
+
+
 def parse(argv: Sequence[str]) -> flags.FlagValues:
   """Reads the command line.
 
@@ -199,7 +206,7 @@ def format_result(result: Mapping[str, Any]) -> str:
   title = (
     f"{result['split']}: {result['num_images']} images, "
     f"{result['num_captions']} captions, "
-    f"{results.protocol_key(protocol)} ({result['lineage']['regime']})"
+    f"{results.protocol_label(protocol)} ({result['lineage']['regime']})"
   )
   names = ("r1", "r5", "r10", "median_rank")
   lines = [title, "        " + "".join(f"{n:>18}" for n in names)]
@@ -224,6 +231,13 @@ def format_result(result: Mapping[str, Any]) -> str:
       f"  {timing['num_pairs']} pairs re-ranked in "
       f"{timing['rerank_seconds']:g} s{rate}"
     )
+  lost = [
+    f"{result[f'num_{kind}_captions']} {text}"
+    for kind, text in CAPTION_LOSSES.items()
+    if result[f"num_{kind}_captions"]
+  ]
+  if lost:
+    lines.append(f"  captions: {', '.join(lost)}")
   if result["num_bad_records"]:
     shown = "; ".join(result["bad_records"][:3])
     lines.append(f"  {result['num_bad_records']} bad records left out: {shown}")
@@ -259,6 +273,11 @@ def evaluate(
     tokenizer=text_tokenizer,
     batch_size=batch_size,
     mesh=mesh,
+  )
+  print(
+    "i2t: images ask for captions; t2i: captions ask for images; in "
+    "parentheses what a random order gives",
+    flush=True,
   )
   banks = {p.querybank for p in protocols if p.rerank == "querybank"}
   bank_of = {

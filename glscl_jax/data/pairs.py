@@ -185,6 +185,14 @@ def check_target(data_dir: str | os.PathLike[str]) -> None:
     )
 
 
+def is_data_dir(path: str | os.PathLike[str]) -> bool:
+  """Whether `write` made the folder."""
+  try:
+    return read_manifest(path)["format"] == FORMAT
+  except errors.UserError:
+    return False
+
+
 def _is_replaceable(target: pathlib.Path) -> bool:
   """Only what this module made, or an empty folder, is ever removed."""
   if not target.is_dir():

@@ -301,6 +301,11 @@ class TrainIterator:
     self._bad_rows = 0
     self._bad: dict[int, tuple[str, str]] = {}
 
+  @property
+  def num_pairs(self) -> int:
+    """Pairs of an epoch, of all processes."""
+    return len(self._make_row.pairs)
+
   def __iter__(self) -> TrainIterator:
     return self
 

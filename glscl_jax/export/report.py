@@ -149,22 +149,6 @@ def series(
   return points[::-1][::stride][::-1]
 
 
-def protocol_label(protocol: Mapping[str, Any]) -> str:
-  """What a reader calls a protocol."""
-  kind = protocol["rerank"]
-  if kind == "none":
-    label = "dual encoder (cosine)"
-  elif kind == "querybank":
-    label = f"dual encoder, querybank {protocol['querybank']}"
-  elif kind == "full":
-    label = "fusion (ITM) on all pairs"
-  else:
-    label = f"re-ranked by ITM, k = {protocol['rerank_k']}"
-    if kind == "itm_plus_itc":
-      label = label.replace("ITM", f"ITM + {protocol['itc_weight']:g} x cosine")
-  return label + ("" if protocol["captions"] == "first" else ", all captions")
-
-
 def cell_title(split: str) -> str:
   """The name of a split for people."""
   return CELL_TITLES[split] if split in CELL_TITLES else split
@@ -177,7 +161,7 @@ def _by_protocol(entries: Mapping[str, Any]) -> list[dict[str, Any]]:
     entries.values(),
     key=lambda entry: (
       order.index(entry["protocol"]["rerank"]),
-      protocol_label(entry["protocol"]),
+      results.protocol_label(entry["protocol"]),
     ),
   )
 
@@ -281,7 +265,7 @@ def _recalls(
     chart = pictures.recall_bars(
       {
         cell_title(split): {
-          protocol_label(entry["protocol"]): entry["metrics"]
+          results.protocol_label(entry["protocol"]): entry["metrics"]
           for entry in _by_protocol(entries)
         }
         for split, entries in ordered.items()
@@ -327,7 +311,7 @@ def _recall_table(splits: Mapping[str, Any], weights: Weights) -> str:
         if number == 0
         else ""
       )
-      label = _text(protocol_label(entry["protocol"]))
+      label = _text(results.protocol_label(entry["protocol"]))
       rows.append(
         f"<tr>{first}<td>{label}</td>{_numbers(entry['metrics'], columns)}</tr>"
       )
@@ -405,10 +389,11 @@ def _examples(
   texts = len(entries[key]["t2i"])
   rows_i2t = "".join(_image_query(query, images) for query in chosen["i2t"])
   rows_t2i = "".join(_text_query(query, images) for query in chosen["t2i"])
+  label = results.protocol_label(measured[key]["protocol"])
   return (
     f"<section><h2>Examples: {_text(cell_title(split))}</h2>"
     f"<p>Queries drawn at random (seed {options.seed}), ranked by "
-    f"{_text(protocol_label(measured[key]['protocol']))}. Right answers are "
+    f"{_text(label)}. Right answers are "
     "green with a tick; the number beside each is its score. Where none of "
     f"the best {SHOWN} is right, the right answer and its rank follow.</p>"
     f"<h3>Image to text, best {SHOWN} of {texts:,} captions</h3>"

@@ -40,6 +40,9 @@ LINEAGE_KEYS = (
 )
 
 
+OTHER_DATA = "other data set, overlap not checked"
+
+
 class ResultError(errors.UserError):
   """A result that must not be written, or a file that cannot be read."""
 
@@ -80,8 +83,8 @@ def make_lineage(
 ) -> dict[str, Any]:
   """Where the weights come from and how they relate to this data set.
 
-  `regime` is "zero-shot" only when the lineage names its data and none of it
-  is a split of the data set evaluated; else it says what was seen. A split
+  `regime` says what was seen of the data set evaluated. Of another data set
+  splits are compared, not single images, which may be the same. A split
   whose validation chose these weights, or weights they began from, among
   others is no held-out one.
 
@@ -103,7 +106,7 @@ def make_lineage(
   elif data.path in _collect(training, "data_dir"):
     regime = "unknown: the directory was changed after the training"
   elif seen:
-    regime = "zero-shot"
+    regime = OTHER_DATA
   else:
     regime = "unknown: the weights do not say what they were trained on"
   return {
@@ -145,6 +148,22 @@ def _find_pickers(training: Mapping[str, Any], data: DataSet) -> frozenset[str]:
     if isinstance(value, Mapping):
       found |= _find_pickers(value, data)
   return frozenset(found)
+
+
+def protocol_label(protocol: Mapping[str, Any]) -> str:
+  """What a reader calls a protocol."""
+  kind = protocol["rerank"]
+  if kind == "none":
+    label = "dual encoder (cosine)"
+  elif kind == "querybank":
+    label = f"dual encoder, querybank {protocol['querybank']}"
+  elif kind == "full":
+    label = "fusion (ITM) on all pairs"
+  else:
+    label = f"re-ranked by ITM, k = {protocol['rerank_k']}"
+    if kind == "itm_plus_itc":
+      label = label.replace("ITM", f"ITM + {protocol['itc_weight']:g} x cosine")
+  return label + ("" if protocol["captions"] == "first" else ", all captions")
 
 
 def protocol_key(protocol: Mapping[str, Any]) -> str:

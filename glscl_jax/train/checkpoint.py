@@ -27,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers
 from glscl_jax import atomic, errors
 from glscl_jax import config as config_lib
 from glscl_jax import sharding as sharding_lib
+from glscl_jax.data import pairs
 from glscl_jax.train import state as state_lib
 
 _log = logging.getLogger(__name__)
@@ -280,6 +281,11 @@ def check_writable(workdir: str | os.PathLike[str]) -> None:
   Raises:
     UserError: naming what stands in the way.
   """
+  if pairs.is_data_dir(workdir):
+    raise errors.UserError(
+      f"--workdir={workdir} is a data directory, which a later preparation "
+      "replaces: name another one"
+    )
   for folder in (workdir, pathlib.Path(workdir) / "checkpoints"):
     errors.check_writable(folder, option=f"--workdir={workdir}")
 

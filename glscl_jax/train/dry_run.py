@@ -80,7 +80,10 @@ def dry_run(
   batch = pipeline.global_batch(local, inputs.mesh)
   say(format_batch(batch))
   lowered = step_lib.make_train_step(config, inputs.mesh).lower(abstract, batch)
-  say(format_memory(config, abstract, batch, inputs.mesh))
+  parts = estimate_memory(config, abstract, batch, inputs.mesh)
+  say(format_memory(parts, inputs.mesh))
+  for line in find_excess(config, parts, inputs):
+    say(f"warning: {line}")
   if compile_step:
     say(f"compiled, a device: {journal.format_memory(lowered.compile())}")
   say("dry run: a start would reach its first step")
@@ -113,15 +116,15 @@ def format_batch(batch: Batch) -> str:
   return "\n".join(["first batch:", *lines])
 
 
-def format_memory(
+def estimate_memory(
   config: config_lib.Config,
   abstract: state_lib.TrainState,
   batch: Batch,
   mesh: jax.sharding.Mesh,
-) -> str:
-  """What one device holds: state exactly, activations by jax's own trace."""
+) -> dict[str, float]:
+  """Bytes a device: state exactly, activations by jax's own trace."""
   params = _device_bytes(abstract.params)
-  parts: Mapping[str, float] = {
+  return {
     "parameters": params,
     "gradients": params,
     "optimizer state": _device_bytes(abstract.opt_state),
@@ -130,6 +133,36 @@ def format_memory(
       / (mesh.shape["data"] * mesh.shape["fsdp"])
     ),
   }
+
+
+def find_excess(
+  config: config_lib.Config, parts: Mapping[str, float], inputs: loop.Inputs
+) -> list[str]:
+  """What a start would likely fail of, or hardly mean; one line each.
+
+  On CPU all devices share the memory of the machine. Accelerators say only
+  when they are full.
+  """
+  found = []
+  if jax.default_backend() == "cpu":
+    here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = sum(parts.values()) * inputs.mesh.size
+    if needed > here:
+      found.append(
+        f"this needs about {needed / MIB:,.0f} MiB, the machine has "
+        f"{here / MIB:,.0f}: lower data.batch_size, or take a smaller recipe"
+      )
+  num_pairs = inputs.iterator.num_pairs
+  if config.data.batch_size > num_pairs:
+    found.append(
+      f"data.batch_size {config.data.batch_size} is more than the "
+      f"{num_pairs} training pairs: a batch holds pairs twice"
+    )
+  return found
+
+
+def format_memory(parts: Mapping[str, float], mesh: jax.sharding.Mesh) -> str:
+  """A line a part of `estimate_memory`, and their sum."""
   lines = [f"  {size / MIB:10.1f} MiB {name}" for name, size in parts.items()]
   return "\n".join(
     [
@@ -152,7 +185,7 @@ def _residual_bytes(
   config: config_lib.Config, abstract: state_lib.TrainState, batch: Batch
 ) -> int:
   """Bytes of what the forward pass leaves for the backward pass."""
-  system = state_lib.SYSTEMS[config.system]
+  system = registry.find(config)
 
   def pull_back(params, batch):
     def loss(params):

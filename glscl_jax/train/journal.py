@@ -316,6 +316,8 @@ def format_summary(summary: Summary, start_step: int) -> str:
   if summary.stopped_by is None:
     return f"finished at step {summary.step}; {done}"
   name = signal.Signals(summary.stopped_by).name
+  if not summary.step:
+    return f"stopped by {name} before the first step: nothing to save; {done}"
   return (
     f"stopped by {name} after step {summary.step}, which is saved; {done}\n"
     "the same command continues from there"

@@ -332,6 +332,7 @@ def _run_steps(
       if batch is None:
         break
       if compiled is None:
+        run.log.info("compiling the step: a minute or several of silence")
         with clock("compile"):
           compiled = train_step.lower(state, batch).compile()
         report.start(step, compiled, mesh)

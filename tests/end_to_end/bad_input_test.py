@@ -84,6 +84,14 @@ def test_a_wrong_flag_ends_with_its_name(project, tmp_path, flag, message):
   assert "Traceback" not in result.err
 
 
+def test_a_data_directory_is_no_work_dir(project):
+  before = {path.name for path in project.data.iterdir()}
+  result = project.run(project.data)
+  assert result.code == 2
+  assert f"--workdir={project.data} is a data directory" in result.err
+  assert {path.name for path in project.data.iterdir()} == before
+
+
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(project, tmp_path):
   flags = [
     f"--config.objectives.{name}=6"

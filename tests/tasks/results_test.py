@@ -106,7 +106,7 @@ def test_lineage_is_complete_and_holds_the_training():
   [
     ({"data_sha256": "aa"}, "test", "held-out split of the training data"),
     ({"data_sha256": "aa"}, "train", "training data"),
-    ({"data_sha256": "cc"}, "test", "zero-shot"),
+    ({"data_sha256": "cc"}, "test", results.OTHER_DATA),
     (
       {"data_sha256": "cc", "init_from": {"data_sha256": "bb"}},
       "test",
@@ -135,7 +135,7 @@ PICKED = {"picked_as_best": True, "eval_splits": ["val"]}
     (PICKED | {"data_sha256": "aa"}, "test", "held-out split of the training"),
     (PICKED | {"data_sha256": "aa"}, "train", "training data"),
     # Of another data set: "val" there is not "val" here.
-    (PICKED | {"data_sha256": "cc"}, "val", "zero-shot"),
+    (PICKED | {"data_sha256": "cc"}, "val", results.OTHER_DATA),
     (
       PICKED | {"data_sha256": "aa", "picked_as_best": False},
       "val",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -92,6 +93,18 @@ def test_a_dry_run_reads_the_checkpoint_and_touches_nothing(config, saved):
   assert contents(saved) == before
   (warning,) = (text for text in said if text.startswith("warning: "))
   assert "it does not divide a size of image_projection/fc2/kernel" in warning
+
+
+def test_a_dry_run_warns_of_what_the_machine_and_the_data_cannot_give(config):
+  inputs = types.SimpleNamespace(
+    mesh=types.SimpleNamespace(size=2),
+    iterator=types.SimpleNamespace(num_pairs=config.data.batch_size),
+  )
+  assert not dry_run.find_excess(config, {"parameters": 2.0**20}, inputs)
+  inputs.iterator.num_pairs -= 1
+  memory, batch = dry_run.find_excess(config, {"parameters": 2.0**60}, inputs)
+  assert memory.startswith("this needs about 2,199,023,255,552 MiB, the")
+  assert f"more than the {config.data.batch_size - 1} training pairs" in batch
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,15 @@ def test_advice_on_losses_that_are_not_finite_can_be_followed(tmp_path):
   assert "start again and a lower" in first and "None" not in first
 
 
+def test_a_run_stopped_before_its_first_step_does_not_claim_to_be_saved():
+  summary = journal.Summary(
+    step=0, metrics={}, seconds={"start": 1.0}, stopped_by=signal.SIGINT
+  )
+  text = journal.format_summary(summary, start_step=0)
+  assert text.startswith("stopped by SIGINT before the first step: nothing")
+  assert "saved" not in text
+
+
 def test_the_summary_of_a_stopped_run_says_how_to_go_on():
   summary = journal.Summary(
     step=7,
