@@ -79,6 +79,14 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     f"Any of {', '.join(retrieval.RERANKS)}.",
     flag_values=values,
   )
+  flags.DEFINE_integer(
+    "views",
+    1,
+    "Views of an image whose mean vector counts: the whole one, and random "
+    "ones as in training.",
+    lower_bound=1,
+    flag_values=values,
+  )
   flags.DEFINE_string(
     "querybank",
     "train",
@@ -251,6 +259,7 @@ def evaluate(
   splits: list[str],
   captions: retrieval_set.CaptionChoice,
   protocols: list[retrieval.Protocol],
+  views: int,
   output: pathlib.Path,
   batch_size: int,
   pair_batch_size: int,
@@ -292,6 +301,7 @@ def evaluate(
     encodings = encode(
       retrieval_set.read(data_dir, split, captions=captions),
       keep_tokens=any(p.fuses for p in protocols),
+      views=views,
       on_progress=progress,
     )
     fused: dict[int | None, retrieval.Fused] = {}
@@ -349,6 +359,7 @@ def _run(values: flags.FlagValues) -> int:
       rerank_k=values.rerank_k,
       itc_weight=values.itc_weight,
       captions=values.captions,
+      views=values.views,
     )
     for rerank in values.rerank
   ]
@@ -366,6 +377,7 @@ def _run(values: flags.FlagValues) -> int:
     splits=choose_splits(data_dir, values.splits),
     captions=values.captions,
     protocols=protocols,
+    views=values.views,
     output=output,
     batch_size=values.batch_size,
     pair_batch_size=values.pair_batch_size,

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 
+from glscl_jax import config as config_lib
 from glscl_jax import errors
-from glscl_jax.data import sources, transforms
+from glscl_jax.data import masking, sources, transforms
 
 CaptionChoice = Literal["first", "all"]
 
@@ -117,8 +119,14 @@ def image_batches(
   batch_size: int,
   image_size: int,
   num_threads: int = 2,
+  view: int = 0,
+  augment: config_lib.AugmentConfig | None = None,
 ) -> Iterator[ImageBatch]:
-  """Decodes every image once, `batch_size` at a time, the last one padded."""
+  """Decodes every image once, `batch_size` at a time, the last one padded.
+
+  View 0 is the whole image, resized; each other number is a random view of it
+  by `augment`, which it needs, the same in every call.
+  """
   total = retrieval_set.num_images
   with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
     for start in range(0, total, batch_size):
@@ -126,7 +134,10 @@ def image_batches(
       image_BYXC = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
       ok_B = np.zeros(batch_size, bool)
       bad = []
-      loaded = pool.map(lambda r: _load(retrieval_set, r, image_size), rows)
+      load = functools.partial(
+        _load, retrieval_set, size=image_size, view=view, augment=augment
+      )
+      loaded = pool.map(load, rows)
       for i, (row, picture) in enumerate(zip(rows, loaded, strict=True)):
         if isinstance(picture, str):
           bad.append(f"{retrieval_set.image_names[row]}: {picture}")
@@ -138,14 +149,23 @@ def image_batches(
 
 
 def _load(
-  retrieval_set: RetrievalSet, row: int, image_size: int
+  retrieval_set: RetrievalSet,
+  row: int,
+  *,
+  size: int,
+  view: int,
+  augment: config_lib.AugmentConfig | None,
 ) -> np.ndarray | str:
   """The picture, or why there is none."""
   encoded = retrieval_set.source[int(retrieval_set.record_U[row])].image
   try:
-    return transforms.resize(transforms.decode(encoded), size=image_size)
+    image_YXC = transforms.decode(encoded)
   except transforms.BadImage as error:
     return str(error)
+  if view == 0:
+    return transforms.resize(image_YXC, size=size)
+  rng = masking.sample_rng(0, 0, row, f"view {view}")
+  return transforms.augment(rng, image_YXC, "", size=size, config=augment)
 
 
 def keep_images(

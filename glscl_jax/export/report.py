@@ -375,7 +375,12 @@ def _examples(
   `entries` are the predictions and `measured` the results, by protocol.
   """
   # The dual encoder where it was measured, else whatever was.
-  key = "none" if "none" in entries else sorted(entries)[0]
+  key = min(
+    sorted(entries),
+    key=lambda name: retrieval.RERANKS.index(
+      measured[name]["protocol"]["rerank"]
+    ),
+  )
   rng = np.random.default_rng(options.seed)
   chosen = {
     direction: _choose(rng, entries[key][direction], options.num_queries)

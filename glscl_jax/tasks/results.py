@@ -163,6 +163,8 @@ def protocol_label(protocol: Mapping[str, Any]) -> str:
     label = f"re-ranked by ITM, k = {protocol['rerank_k']}"
     if kind == "itm_plus_itc":
       label = label.replace("ITM", f"ITM + {protocol['itc_weight']:g} x cosine")
+  if "views" in protocol:
+    label += f", {protocol['views']} views"
   return label + ("" if protocol["captions"] == "first" else ", all captions")
 
 
@@ -177,6 +179,8 @@ def protocol_key(protocol: Mapping[str, Any]) -> str:
     parts.append(f"k{protocol['rerank_k']}")
   if "itc_weight" in protocol:
     parts.append(f"w{protocol['itc_weight']:g}")
+  if "views" in protocol:
+    parts.append(f"{protocol['views']}views")
   if protocol["captions"] != "first":
     parts.append(f"{protocol['captions']}_captions")
   return "_".join(parts)

@@ -59,12 +59,15 @@ class Protocol:
   rerank_k: int = DEFAULT_RERANK_K  # candidates a query of itm, itm_plus_itc
   itc_weight: float = 1.0  # itm_plus_itc only
   captions: retrieval_sets.CaptionChoice = "first"
+  views: int = 1  # of an image, whose mean vector counts [choice]
 
   def __post_init__(self):
     if self.rerank not in RERANKS:
       raise RetrievalError(f"rerank={self.rerank!r} is not one of {RERANKS}")
     if self.rerank_k < 1:
       raise RetrievalError(f"rerank_k must be positive, is {self.rerank_k}")
+    if self.views < 1:
+      raise RetrievalError(f"views must be positive, is {self.views}")
     if not self.querybank_temperature > 0:
       raise RetrievalError(
         "querybank_temperature must be positive, is "
@@ -91,6 +94,8 @@ class Protocol:
       facts["rerank_k"] = self.rerank_k
     if self.rerank == "itm_plus_itc":
       facts["itc_weight"] = self.itc_weight
+    if self.views > 1:
+      facts["views"] = self.views
     facts["ties"] = "count against the model"
     facts["unit"] = "R@k are shares of the queries"
     return facts
@@ -219,6 +224,7 @@ def encode(
   tokenizer: tokenizers.Tokenizer,
   batch_size: int = 64,
   keep_tokens: bool = False,
+  views: int = 1,
   mesh: jax.sharding.Mesh | None = None,
   on_progress: OnProgress | None = None,
 ) -> Encodings:
@@ -231,6 +237,8 @@ def encode(
     tokenizer: the one the model was trained with.
     batch_size: images or captions a call; rounded up to fill the mesh.
     keep_tokens: keep the outputs of both encoders for re-ranking.
+    views: of an image: the whole one, and random ones by `view_augment`. The
+      mean of their vectors stands for it; tokens are those of the whole one.
     mesh: spread batches over it; None: where `params` are.
     on_progress: called as (stage, done, total).
 
@@ -249,6 +257,12 @@ def encode(
   image_tokens, image_AE, ok_A, bad = _encode_images(
     params, retrieval_set, programs, config, **settings
   )
+  for view in range(1, views):
+    image_AE += _encode_view(
+      params, retrieval_set, programs, config, view=view, **settings
+    )
+  if views > 1:
+    image_AE /= np.linalg.norm(image_AE, axis=1, keepdims=True)
   kept = retrieval_sets.keep_images(retrieval_set, ok_A, bad)
   text_tokens, text_ZE, valid, caption_counts = _encode_texts(
     params, kept.captions, programs, config, tokenizer, **settings
@@ -308,6 +322,49 @@ def _encode_images(
     np.concatenate(ok)[:total],
     tuple(bad),
   )
+
+
+def view_augment(config: config_lib.Config) -> config_lib.AugmentConfig:
+  """The training's crops or, half as strong, its warps; nothing else."""
+  augment = config.data.augment
+  return dataclasses.replace(
+    augment,
+    warp=augment.warp / 2,
+    recolor=0.0,
+    randaugment_ops=0,
+    hflip="off",
+  )
+
+
+def _encode_view(
+  params: Params,
+  retrieval_set: retrieval_sets.RetrievalSet,
+  programs: _Programs,
+  config: config_lib.Config,
+  *,
+  view: int,
+  batch_size: int,
+  keep_tokens: bool,
+  tell: OnProgress,
+) -> np.ndarray:
+  """(A, E) vectors of one random view of each image."""
+  del keep_tokens
+  vectors = []
+  total = retrieval_set.num_images
+  for batch in retrieval_sets.image_batches(
+    retrieval_set,
+    batch_size=batch_size,
+    image_size=config.model.vision.image_size,
+    num_threads=config.data.num_threads,
+    view=view,
+    augment=view_augment(config),
+  ):
+    _, vector = programs.encode_images(
+      params, programs.place(batch.image_BYXC), keep=False
+    )
+    vectors.append(np.asarray(vector, np.float32))
+    tell(f"view {view}", min(batch.start + batch_size, total), total)
+  return np.concatenate(vectors)[:total]
 
 
 def _encode_texts(
@@ -702,7 +759,9 @@ def evaluate(
   read = functools.partial(
     retrieval_sets.read, data_dir, captions=protocol.captions
   )
-  encodings = encode_split(params, read(split), keep_tokens=protocol.fuses)
+  encodings = encode_split(
+    params, read(split), keep_tokens=protocol.fuses, views=protocol.views
+  )
   fused = bank = None
   if protocol.rerank == "querybank":
     bank = encode_split(params, read(protocol.querybank))

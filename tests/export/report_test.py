@@ -68,6 +68,7 @@ def work(tmp_path_factory):
     f"--workdir={export}",
     "--rerank=none,querybank,itm",
     "--rerank_k=3",
+    "--views=2",
     "--batch_size=8",
     "--pair_batch_size=16",
   )
@@ -106,7 +107,11 @@ def test_the_four_cells_are_the_default_and_keep_both_protocols(work):
   (cells,) = tree["results"].values()
   assert tuple(sorted(cells)) == tuple(sorted(CELLS))
   for split, protocols in cells.items():
-    assert protocols.keys() == {"none", "querybank_train_t0.1", "itm_k3"}
+    assert protocols.keys() == {
+      "none_2views",
+      "querybank_train_t0.1_2views",
+      "itm_k3_2views",
+    }
     for entry in protocols.values():
       assert entry["num_images"] == 8 and entry["split"] == split
       assert entry["lineage"]["step"] == 7
@@ -118,7 +123,7 @@ def test_predictions_hold_both_directions_with_ids_that_exist(work):
   (cells,) = tree["results"].values()
   source = sources.open_source(work.parent / "data", CELLS[3])
   names = {source[i].id for i in range(len(source))}
-  found = cells[CELLS[3]]["none"]
+  found = cells[CELLS[3]]["none_2views"]
   assert {query["query"] for query in found["i2t"]} == names
   assert {query["query"] for query in found["t2i"]} == set(tiny.NAMES)
   for query in found["t2i"]:
@@ -144,9 +149,9 @@ def test_the_page_is_whole_and_holds_its_pictures_itself(page):
 def test_the_page_shows_curves_cells_examples_and_attention(page):
   for text in (
     "unseen studio, unseen concepts",
-    "dual encoder (cosine)",
-    "dual encoder, querybank train",
-    "re-ranked by ITM, k = 3",
+    "dual encoder (cosine), 2 views",
+    "dual encoder, querybank train, 2 views",
+    "re-ranked by ITM, k = 3, 2 views",
     "chance",
     "Training",
     "Where each word looks",
@@ -249,7 +254,7 @@ def test_export_of_an_export_carries_the_measured_metrics(work, tmp_path):
   assert found.code == 0, found.err
   manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
   measured = manifest["metrics"]["retrieval"]
-  assert len(measured) == 8
+  assert len(measured) == 3 * len(CELLS)  # protocols
   assert all("i2t_r1" in metrics for metrics in measured.values())
 
 

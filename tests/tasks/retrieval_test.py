@@ -189,6 +189,31 @@ def test_a_querybank_takes_its_own_modality_and_split(model, encodings):
       retrieval.rank(encodings, protocol=asked, bank=bank)
 
 
+def test_views_count_as_their_mean_vector(model, encodings):
+  found = model.encode(views=3)
+  again = model.encode(views=3)
+  np.testing.assert_array_equal(found.image_UE, again.image_UE)
+  expected = encodings.image_UE.copy()
+  for view in (1, 2):
+    for batch in retrieval_set.image_batches(
+      encodings.retrieval_set,
+      batch_size=9,
+      image_size=32,
+      view=view,
+      augment=retrieval.view_augment(model.config),
+    ):
+      y_BID = glscl.encode_image(
+        model.params, batch.image_BYXC, config=model.config
+      )
+      expected += glscl.image_vectors(model.params, y_BID, config=model.config)
+  expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+  np.testing.assert_allclose(found.image_UE, expected, atol=1e-5)
+  assert np.abs(found.image_UE - encodings.image_UE).max() > 1e-4
+  # Captions, and what the fusion layers read, are as without.
+  np.testing.assert_array_equal(found.text_ZE, encodings.text_ZE)
+  np.testing.assert_array_equal(found.image_tokens, encodings.image_tokens)
+
+
 def test_one_call_reads_the_querybank_too(model):
   protocol = retrieval.Protocol(
     rerank="querybank", querybank="test", captions="all"
@@ -207,7 +232,8 @@ def test_one_call_reads_the_querybank_too(model):
 
 
 def test_captions_that_lose_something_are_counted(model, encodings):
-  names = ("red square", "RED  square", "\u4e2d", "red " * 40)
+  name = tiny.NAMES[0]
+  names = (name, f" {name.upper()}", "\u4e2d", f"{name} " * 40)
   found = retrieval.encode(
     model.params,
     dataclasses.replace(
@@ -321,5 +347,7 @@ def test_a_model_without_the_head_is_refused(model):
 def test_an_unknown_protocol_is_refused():
   with pytest.raises(retrieval.RetrievalError, match="rerank='best'"):
     retrieval.Protocol(rerank="best")
+  with pytest.raises(retrieval.RetrievalError, match="views must be positive"):
+    retrieval.Protocol(views=0)
   with pytest.raises(retrieval.RetrievalError, match="querybank_temperature"):
     retrieval.Protocol(rerank="querybank", querybank_temperature=0.0)
