@@ -88,6 +88,51 @@ def token_patches(
   return order_I[: num_hidden(num_patches, ratio)].astype(np.int32)
 
 
+def num_blocks(image_size: int, *, block_size: int, ratio: float) -> int:
+  """How many blocks `block_patches` hides: ceil(r blocks)."""
+  blocks = (image_size // block_size) ** 2
+  # As floor_eps: .55 of 100 blocks are 55, not 56.
+  return math.ceil(blocks * ratio - 1e-6)
+
+
+def num_block_patches(
+  image_size: int, patch_size: int, *, block_size: int, ratio: float
+) -> int:
+  """How many patches `block_patches` hides."""
+  hidden = num_blocks(image_size, block_size=block_size, ratio=ratio)
+  return hidden * (block_size // patch_size) ** 2
+
+
+def block_patches(
+  rng: np.random.Generator,
+  image_size: int,
+  patch_size: int,
+  *,
+  block_size: int,
+  ratio: float,
+) -> np.ndarray:
+  """Indices (int32, ascending) of the patches hidden in square blocks (MIM).
+
+  `num_blocks` of the blocks that tile the image, drawn without replacement
+  (SimMIM, 2111.09886); a block hides all its patches.
+
+  Args:
+    rng: of this sample and this mask.
+    image_size: pixels; a multiple of `block_size`.
+    patch_size: pixels; divides `block_size`.
+    block_size: pixels.
+    ratio: share of the blocks.
+  """
+  side, scale = image_size // block_size, block_size // patch_size
+  count = num_blocks(image_size, block_size=block_size, ratio=ratio)
+  hidden_A = np.zeros(side * side, bool)
+  hidden_A[rng.permutation(side * side)[:count]] = True
+  hidden_YX = hidden_A.reshape(side, side)
+  for axis in (0, 1):
+    hidden_YX = np.repeat(hidden_YX, scale, axis=axis)
+  return np.flatnonzero(hidden_YX).astype(np.int32)
+
+
 # --- text ------------------------------------------------------------------
 
 

@@ -89,6 +89,71 @@ def test_every_patch_is_hidden_equally_often():
   assert np.all(abs(count - 500) < 90)
 
 
+def block_patches(image_size, patch_size, *, seed=0, block_size=32, ratio=0.6):
+  return masking.block_patches(
+    np.random.default_rng(seed),
+    image_size,
+    patch_size,
+    block_size=block_size,
+    ratio=ratio,
+  )
+
+
+@pytest.mark.parametrize(
+  ("image_size", "blocks", "patches"),
+  [(64, 3, 12), (224, 30, 120), (256, 39, 156), (288, 49, 196), (384, 87, 348)],
+)
+def test_blocks_hide_the_listed_counts(image_size, blocks, patches):
+  index = block_patches(image_size, 16)
+  assert index.dtype == np.int32
+  assert len(set(index.tolist())) == len(index) == patches
+  count = masking.num_blocks(image_size, block_size=32, ratio=0.6)
+  assert count == blocks
+  assert patches == masking.num_block_patches(
+    image_size, 16, block_size=32, ratio=0.6
+  )
+
+
+@pytest.mark.parametrize(
+  ("image_size", "patch_size", "block_size"),
+  [(64, 16, 32), (64, 8, 32), (64, 32, 32), (144, 18, 36)],
+)
+def test_a_hidden_block_hides_all_its_patches(
+  image_size, patch_size, block_size
+):
+  grid, scale = image_size // patch_size, block_size // patch_size
+  for seed in range(20):
+    index = block_patches(
+      image_size, patch_size, seed=seed, block_size=block_size
+    )
+    hidden = np.zeros((grid, grid), bool)
+    hidden[np.divmod(index, grid)] = True
+    side = grid // scale
+    blocks = hidden.reshape(side, scale, side, scale).transpose(0, 2, 1, 3)
+    shares = blocks.reshape(side * side, -1).mean(axis=1)
+    assert set(shares) <= {0.0, 1.0}
+    assert shares.sum() == masking.num_blocks(
+      image_size, block_size=block_size, ratio=0.6
+    )
+    assert np.array_equal(index, np.sort(index))
+
+
+def test_every_block_is_hidden_equally_often():
+  count = np.zeros(16)
+  for seed in range(2000):
+    count[block_patches(64, 16, seed=seed)] += 1
+  # 1500 of 2000 expected; the standard deviation is 19.
+  assert np.all(abs(count - 1500) < 90)
+
+
+@pytest.mark.parametrize(
+  ("ratio", "count"), [(0.0, 0), (0.55, 55), (0.551, 56)]
+)
+def test_rounding_errors_hide_no_further_block(ratio, count):
+  # .55 * 100 is a little more than 55.
+  assert masking.num_blocks(320, block_size=32, ratio=ratio) == count
+
+
 @pytest.mark.parametrize(
   ("num_real", "low", "high"),
   [(5, 1, 2), (8, 1, 2), (10, 2, 3), (20, 3, 6), (30, 5, 9), (48, 7, 14)],
