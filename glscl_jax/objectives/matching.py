@@ -82,6 +82,39 @@ def hard_negatives(
   return _draw(jax.lax.stop_gradient(similarity_GAA), same_GAA, key)
 
 
+def similarity_in_groups(
+  text_BE: jax.Array, image_BE: jax.Array, group: int
+) -> jax.Array:
+  """(G, A, A) cosines of the texts (rows) and images (columns) of a group."""
+  text_GAE, image_GAE = (
+    contrastive.normalize(v).reshape(-1, group, v.shape[-1])
+    for v in (text_BE, image_BE)
+  )
+  return jnp.einsum(
+    "GAE,GBE->GAB", text_GAE, image_GAE, precision=jax.lax.Precision.HIGHEST
+  )
+
+
+# For each text an image, for each image a text: index in the group, and ok.
+BothSides = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def negatives_of_both(
+  similarity_GAA: jax.Array, same_GAA: jax.Array, key: jax.Array
+) -> BothSides:
+  """`hard_negatives` of the rows (texts) and of the columns (images).
+
+  Equal similarities make all allowed ones alike.
+  """
+  text_key, image_key = jax.random.split(key)
+  return (
+    hard_negatives(similarity_GAA, same_GAA, text_key),
+    hard_negatives(
+      similarity_GAA.swapaxes(1, 2), same_GAA.swapaxes(1, 2), image_key
+    ),
+  )
+
+
 def _draw(logits_GAA, forbidden_GAA, key):
   noise_GAA = jax.random.gumbel(key, logits_GAA.shape)
   scores_GAA = jnp.where(forbidden_GAA, -jnp.inf, logits_GAA + noise_GAA)
@@ -90,11 +123,11 @@ def _draw(logits_GAA, forbidden_GAA, key):
 
 
 def take_from_group(
-  items_BLD: jax.Array, index_B: jax.Array, group: int
+  items: jax.Array, index_B: jax.Array, group: int
 ) -> jax.Array:
-  """Row `index_B` of each sample's own group, same shape as the input."""
-  grouped = items_BLD.reshape(-1, group, *items_BLD.shape[1:])
-  taken = jax.vmap(lambda items, index: items[index])(
+  """Item `index_B` of each sample's own group, shaped as `items` (B, ..)."""
+  grouped = items.reshape(-1, group, *items.shape[1:])
+  taken = jax.vmap(lambda own, index: own[index])(
     grouped, index_B.reshape(-1, group)
   )
-  return taken.reshape(items_BLD.shape)
+  return taken.reshape(items.shape)

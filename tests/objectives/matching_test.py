@@ -182,3 +182,70 @@ def test_pairs_that_do_not_count_reach_neither_loss_nor_accuracy():
     np.testing.assert_array_equal(
       function(logits, labels), function(logits, labels, np.ones(3, bool))
     )
+
+
+def test_negatives_of_both_sides_are_drawn_by_rows_and_by_columns(key):
+  # Text 0 is like image 2, image 0 is like text 1.
+  similarity = np.zeros((1, 3, 3), np.float32)
+  similarity[0, 0, 2] = similarity[0, 1, 0] = 100.0
+  same = np.eye(3, dtype=bool)[None]
+  (image, image_ok), (text, text_ok) = matching.negatives_of_both(
+    jnp.asarray(similarity), same, key
+  )
+  assert image[0] == 2 and text[0] == 1
+  assert np.all(image_ok) and np.all(text_ok)
+
+
+@pytest.mark.parametrize("tau", [1e-3, 1.0])
+@pytest.mark.parametrize("equal", [True, False])
+def test_no_side_draws_what_shows_the_same(tau, equal, key):
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, 4, (32, 1)).astype(np.int32)
+  ids[:8] = 5  # a group of one image
+  same = np.asarray(same_in_groups(ids, 8))
+  similarity = np.zeros(same.shape) if equal else rng.uniform(-1, 1, same.shape)
+  similarity = jnp.asarray((similarity + same) / tau, jnp.float32)
+  draw = jax.jit(matching.negatives_of_both)
+  for i in range(20):
+    for index, ok in draw(similarity, same, jax.random.fold_in(key, i)):
+      ok = np.asarray(ok)
+      assert np.all(chosen_ids(ids, index, 8)[ok] != ids[ok])
+      np.testing.assert_array_equal(ok, ~same.all(axis=2).reshape(-1))
+      assert not ok[:8].any() and ok[8:].all()
+
+
+def test_both_sides_pass_no_gradient_to_similarities(key):
+  same = np.eye(4, dtype=bool)[None]
+
+  def loss(similarity):
+    negatives = matching.negatives_of_both(similarity, same, key)
+    items = similarity.reshape(4, 4)
+    return sum(
+      jnp.sum(matching.take_from_group(items, index, 4) * 0.0)
+      for index, _ in negatives
+    )
+
+  grad = jax.grad(loss)(jnp.ones((1, 4, 4)))
+  np.testing.assert_array_equal(grad, np.zeros((1, 4, 4)))
+
+
+def test_similarities_are_cosines_of_texts_with_the_images_of_their_group():
+  rng = np.random.default_rng(0)
+  text, image = rng.normal(size=(2, 6, 5)).astype(np.float32)
+  found = matching.similarity_in_groups(
+    jnp.asarray(text), jnp.asarray(image), 3
+  )
+  unit = [v / np.linalg.norm(v, axis=1, keepdims=True) for v in (text, image)]
+  for group in range(2):
+    rows = slice(3 * group, 3 * group + 3)
+    np.testing.assert_allclose(
+      found[group], unit[0][rows] @ unit[1][rows].T, atol=1e-6
+    )
+
+
+def test_items_of_any_rank_are_taken():
+  valid = np.array([[1, 1], [1, 0], [0, 0], [0, 1]], bool)
+  found = matching.take_from_group(
+    jnp.asarray(valid), jnp.array([1, 0, 0, 1]), 2
+  )
+  np.testing.assert_array_equal(found, valid[[1, 0, 2, 3]])
