@@ -4,7 +4,8 @@
 what a recipe changes; the launcher applies `--config.a.b=v` and calls
 `from_config_dict`, which is strict. Below the launcher only these classes
 travel. Comments say where a value is from: [paper], [code] (the published code
-does so), or [choice], ours where no source fixes it.
+does so), [choice], ours where no source fixes it, or [uncertain], believed to
+be the paper's but not confirmed.
 """
 
 from __future__ import annotations
@@ -69,7 +70,11 @@ def _check_depth(encoder: VisionConfig | TextConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-  """A CLIP-style ViT (SCL/GLSCL): pre-norm, ln_pre, ln_post on all tokens."""
+  """A pre-norm ViT with a norm on all states (ln_post) at the end.
+
+  By default CLIP's (SCL, GLSCL). ImageNet's (MaskVLM): `patch_bias`, no
+  `ln_pre`, `init` truncated, `activation` gelu, `norm_eps` 1e-6.
+  """
 
   image_size: int = 288  # R, pixels; images are square
   patch_size: int = 16  # p, pixels; divides image_size
@@ -78,6 +83,10 @@ class VisionConfig:
   # embeddings alone, with a stem a convolutional encoder [choice]
   activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
   norm_eps: float = 1e-5
+  patch_bias: bool = False  # of the patch matrix
+  ln_pre: bool = True  # a norm before the blocks
+  init: Literal["clip", "truncated"] = "clip"  # of matrices and tables;
+  # truncated: normal with model.init_std, cut at two of it
   mask_token_std: float = 1.0  # N(0, std) init of the learned patch vector
   stem: tuple[int, ...] = ()  # widths of the stages of a convolution stem,
   # for training from little data [choice]; empty: CLIP's patch matrix
@@ -104,6 +113,11 @@ class VisionConfig:
       not self.stem or self.stem[-1] == self.width,
       "stem",
       f"{self.stem} does not end with width {self.width}",
+    )
+    _check(
+      not (self.stem and self.patch_bias),
+      "patch_bias",
+      "is of the patch matrix, which a stem takes the place of",
     )
     _check(
       self.patch_size % 2 ** max(len(self.stem) - 1, 0) == 0,
@@ -160,16 +174,31 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FusionConfig:
-  """Co-attention (METER, SCL, GLSCL): `depth` layers per stream."""
+  """How text and image meet.
+
+  SCL, GLSCL (METER): co-attention, `depth` layers per stream. MaskVLM: stacks
+  of cross-attention blocks, `image_depth`, `text_depth`, `decoder_depth`.
+  """
 
   width: int = 768  # D
   depth: int = 6
+  image_depth: int = 3  # of g_image, which completes images [uncertain]
+  text_depth: int = 3  # of g_text, which completes texts [uncertain]
+  decoder_depth: int = 3  # of the pixel decoder [paper]
   norm_eps: float = 1e-12
   dropout: float = 0.1
   restrict_last_layer: bool = True  # only rows a loss reads; exact
 
   def __post_init__(self):
-    _check_positive(self, "width", "depth", "norm_eps")
+    _check_positive(
+      self,
+      "width",
+      "depth",
+      "image_depth",
+      "text_depth",
+      "decoder_depth",
+      "norm_eps",
+    )
     _check_ratio(self, "dropout")
     _check(
       self.width % HEAD_WIDTH == 0, "width", f"not a multiple of {HEAD_WIDTH}"
@@ -178,14 +207,18 @@ class FusionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-  """All towers of SCL and GLSCL."""
+  """All towers of a system."""
 
   vision: VisionConfig = field(default_factory=VisionConfig)
   text: TextConfig = field(default_factory=TextConfig)
   fusion: FusionConfig = field(default_factory=FusionConfig)
   joint_width: int = 512  # E, of the contrastive space
-  joint_projection: Literal["mlp", "none"] = "mlp"  # into that space; none: it
-  # is that of the transformed class states [choice]
+  joint_projection: Literal["mlp", "linear", "none"] = "mlp"  # into that
+  # space; linear: one matrix and bias, as in MaskVLM; none: it is that of the
+  # class states, which SCL and GLSCL transform before [choice]
+  match_features: Literal["pooled", "product", "concat"] = "pooled"  # what ITM
+  # reads of the two fused class states: pooled, in SCL and GLSCL; their product
+  # [uncertain] or both side by side [choice], in MaskVLM
   init_std: float = 0.02  # text, fusion and heads
   zero_residual: bool = False  # encoders start as the identity: the last
   # matrix of each residual branch is 0 [choice]
@@ -216,6 +249,9 @@ class MaskingConfig:
   text_mask_with_replacement: bool = False  # published code
   image_drop_ratio: float = 0.8  # I~80 of MGSC
   image_token_ratio: float = 0.3  # I~30 of MLTC
+  image_block_ratio: float = 0.6  # of MIM: share of the blocks, rounded up
+  image_block_size: int = 32  # of MIM, pixels a side: whole patches, 36 for
+  # patches of 18
 
   def __post_init__(self):
     _check_ratio(
@@ -224,12 +260,17 @@ class MaskingConfig:
       "completion_text_rate",
       "image_drop_ratio",
       "image_token_ratio",
+      "image_block_ratio",
     )
+    _check_positive(self, "image_block_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-  """Weights and constants of the losses. Weight 0 removes the passes too."""
+  """Weights and constants of the losses. Weight 0 removes the passes too.
+
+  Which of them a system has: SYSTEM_OBJECTIVES.
+  """
 
   mlm: float = 1.0
   itm: float = 1.0
@@ -238,6 +279,9 @@ class ObjectiveConfig:
   mgsc_text: float = 1.0
   mltc_image: float = 0.2
   mltc_text: float = 0.2
+  mim: float = 0.0
+  mim_loss: Literal["l1", "l2"] = "l1"  # of a pixel value
+  mim_patch_norm: bool = False  # targets with mean 0 and variance 1 a patch
   completion_temperature: float = 0.03  # fixed, MGSC and MLTC
   completion_targets: Literal["partner_masked", "clean"] = "partner_masked"
   # where one modality is complete: in the pass that masks the other [code], or
@@ -247,7 +291,8 @@ class ObjectiveConfig:
   # positives too, except of MLTC [choice]
   itm_negatives: Literal["in_batch", "hard", "dataset"] = "in_batch"  # false
   # images: another one of the group [choice], there by ITC similarity
-  # (ALBEF), or any of the training set, even a true one [code]
+  # (ALBEF), or any of the training set, even a true one [code]. MaskVLM draws
+  # false texts too, from the batch
   neg_group: int = 16  # samples of one ITM group, half of them true; a GPU's
   # batch in [code]
   text_mgsc_group: int | None = None  # samples contrasted; None: the whole
@@ -261,10 +306,15 @@ class ObjectiveConfig:
   itc_temperature_range: tuple[float, float] | None = (0.001, 0.5)
   contrast_grad_scale: float = 1.0  # published code on W devices: 1 / W
 
+  @property
+  def active(self) -> tuple[str, ...]:
+    """Objectives with a weight above 0, in a fixed order."""
+    return tuple(name for name in OBJECTIVES if getattr(self, name) > 0)
+
   def __post_init__(self):
     _check_not_negative(self, *OBJECTIVES)
     _check(
-      any(getattr(self, name) > 0 for name in OBJECTIVES),
+      bool(self.active),
       "*",
       "every weight is 0: nothing to train",
     )
@@ -292,14 +342,20 @@ class ObjectiveConfig:
     )
 
 
-OBJECTIVES = (
-  "mlm",
-  "itm",
-  "itc",
-  "mgsc_image",
-  "mgsc_text",
-  "mltc_image",
-  "mltc_text",
+SYSTEM_OBJECTIVES = {
+  "glscl": (
+    "mlm",
+    "itm",
+    "itc",
+    "mgsc_image",
+    "mgsc_text",
+    "mltc_image",
+    "mltc_text",
+  ),
+  "maskvlm": ("mlm", "mim", "itc", "itm"),
+}
+OBJECTIVES = tuple(
+  dict.fromkeys(name for own in SYSTEM_OBJECTIVES.values() for name in own)
 )
 
 
@@ -378,6 +434,7 @@ class OptimizerConfig:
   learning_rate: float = 2e-5  # peak, of the encoders
   schedule: Literal["linear", "cosine"] = "linear"  # after the warm-up
   warmup_fraction: float = 0.1  # of all steps
+  final_fraction: float = 0.0  # of the peak: where the decay ends
   beta1: float = 0.9  # beta1, beta2 and eps are Adam's
   beta2: float = 0.98
   eps: float = 1e-8
@@ -397,7 +454,14 @@ class OptimizerConfig:
     _check_not_negative(
       self, "weight_decay", "fusion_multiplier", "head_multiplier"
     )
-    _check_ratio(self, "warmup_fraction", "beta1", "beta2", "muon_beta")
+    _check_ratio(
+      self,
+      "warmup_fraction",
+      "final_fraction",
+      "beta1",
+      "beta2",
+      "muon_beta",
+    )
     if self.clip_norm is not None:
       _check_positive(self, "clip_norm")
 
@@ -455,7 +519,7 @@ class TrainConfig:
 class Config:
   """One run."""
 
-  system: Literal["glscl"] = "glscl"
+  system: Literal["glscl", "maskvlm"] = "glscl"
   model: ModelConfig = field(default_factory=ModelConfig)
   masking: MaskingConfig = field(default_factory=MaskingConfig)
   objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -491,6 +555,116 @@ class Config:
         f"{self.model.itc_temperature} is outside of"
         f" objectives.itc_temperature_range {low, high}",
       )
+    _check_system(self)
+    if self.objectives.mim > 0:
+      _check_blocks(self.model.vision, self.masking.image_block_size)
+
+
+def _check_system(config: Config) -> None:
+  """What only some systems have must not be asked of the others."""
+  own = SYSTEM_OBJECTIVES[config.system]
+  for name in config.objectives.active:
+    _check(
+      name in own,
+      f"objectives.{name}",
+      f"{getattr(config.objectives, name):g}, but the objectives of system"
+      f" {config.system!r} are {', '.join(own)}; set it to 0",
+    )
+  features = {"glscl": ("pooled",), "maskvlm": ("product", "concat")}
+  _check(
+    config.model.match_features in features[config.system],
+    "model.match_features",
+    f"{config.model.match_features!r}, but system {config.system!r} knows"
+    f" {', '.join(features[config.system])}",
+  )
+  if config.system == "maskvlm":
+    _check_maskvlm(config)
+
+
+def _check_maskvlm(config: Config) -> None:
+  """Its encoders meet without a transform; it draws pairs from the batch."""
+  model = config.model
+  for name in ("vision", "text"):
+    width = getattr(model, name).width
+    _check(
+      width == model.fusion.width,
+      f"model.{name}.width",
+      f"{width}, but system 'maskvlm' needs fusion.width {model.fusion.width}",
+    )
+  _check(
+    config.objectives.share_text_dropout,
+    "objectives.share_text_dropout",
+    "False, but system 'maskvlm' encodes each text once",
+  )
+  _check(
+    config.objectives.itm_negatives != "dataset",
+    "objectives.itm_negatives",
+    "'dataset', but system 'maskvlm' knows in_batch, hard",
+  )
+
+
+def _check_blocks(vision: VisionConfig, block_size: int) -> None:
+  """MIM hides square blocks of whole patches that tile the image."""
+  name = "masking.image_block_size"
+  _check(
+    block_size % vision.patch_size == 0,
+    name,
+    f"{block_size} is no multiple of model.vision.patch_size"
+    f" {vision.patch_size}",
+  )
+  _check(
+    vision.image_size % block_size == 0,
+    name,
+    f"{block_size} does not divide model.vision.image_size {vision.image_size}",
+  )
+
+
+def maskvlm_defaults() -> Config:
+  """MaskVLM at the paper's size; the fields' own defaults are GLSCL's."""
+  weights = {
+    name: 1.0 if name in SYSTEM_OBJECTIVES["maskvlm"] else 0.0  # [paper]
+    for name in OBJECTIVES
+  }
+  return Config(
+    system="maskvlm",
+    model=ModelConfig(
+      vision=VisionConfig(  # ImageNet's ViT-B/16
+        image_size=224,  # [uncertain], may be 256
+        depth=12,
+        activation="gelu",
+        norm_eps=1e-6,
+        patch_bias=True,
+        ln_pre=False,
+        init="truncated",
+        mask_token_std=0.02,  # [choice]
+      ),
+      joint_projection="linear",
+      joint_width=256,  # [choice]
+      match_features="product",  # [uncertain]
+    ),
+    masking=MaskingConfig(mlm_rate=0.3),  # [paper]; its scheme is [uncertain]
+    objectives=ObjectiveConfig(
+      itm_negatives="hard",
+      neg_group=32,  # [choice]: 512 over 16 devices
+      **weights,
+    ),
+    data=DataConfig(
+      batch_size=512,  # [uncertain]
+      mean=(0.485, 0.456, 0.406),  # ImageNet's
+      std=(0.229, 0.224, 0.225),
+      # No colour operations: pixels are the target of MIM [choice].
+      augment=AugmentConfig(randaugment_ops=2, color=False),
+    ),
+    optimizer=OptimizerConfig(
+      learning_rate=1e-5,  # of the encoders [uncertain]
+      fusion_multiplier=30.0,  # 3e-4 for stacks, decoder and heads [uncertain]
+      head_multiplier=30.0,
+      schedule="cosine",
+      final_fraction=0.1,  # down to 3e-5 [uncertain]
+      weight_decay=0.05,  # [uncertain]
+      beta2=0.999,  # [choice]
+    ),
+  )
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:

@@ -34,13 +34,13 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
   (r"vision/(patch_kernel|position_embedding)", P(None, "fsdp")),
   (r"vision/stem/.*(join|conv[12])/kernel", P(None, "fsdp")),
   (r"fusion/(text|image)_(transform|pooler)/kernel", P(None, "fsdp")),
-  (r"(mlm_head/fc1|.*_projection/fc[12])/kernel", P(None, "fsdp")),
+  (r"(mlm_head/fc1|.*_projection(/fc[12])?)/kernel", P(None, "fsdp")),
   # By width: the vocabulary (50265) has no factor to split it by.
-  (r"(mlm_head/fc2|match_head/fc)/kernel", P("fsdp", None)),
+  (r"(mlm_head/fc2|(match|pixel)_head/fc)/kernel", P("fsdp", None)),
   (r".*(norm\d?|ln_(pre|post))/(scale|bias)", P()),
   (r".*(attention/out|mlp/fc2)/bias", P()),
-  (r".*(_transform|_pooler|_head/fc\d?|_projection/fc[12])/bias", P()),
-  (r"vision/(class_embedding|mask_token/value)", P()),
+  (r".*(_transform|_pooler|_head/fc\d?|_projection(/fc[12])?)/bias", P()),
+  (r"vision/(class_embedding|patch_bias|mask_token/value)", P()),
   (r"(temperature|fusion/type_embedding)/value", P()),
 )
 

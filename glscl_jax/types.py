@@ -46,6 +46,7 @@ class Batch:
   scl_ok_BJ: jax.Array | None = None
   keep_idx_BI: jax.Array | None = None  # patches kept in I~80
   tok_idx_BI: jax.Array | None = None  # patches replaced in I~30
+  block_idx_BI: jax.Array | None = None  # patches replaced for MIM, ascending
   itm_labels_B: jax.Array | None = None  # data-set negatives only: 1 = own
   false_image_BYXC: jax.Array | None = None  # data-set negatives only
 

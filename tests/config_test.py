@@ -216,6 +216,8 @@ def test_optional_values_take_none_and_a_value(path):
 @pytest.mark.parametrize(
   ("path", "value", "told"),
   [
+    ("masking.image_block_ratio", 1.0, "must be in [0, 1), is 1.0"),
+    ("masking.image_block_size", 0, "must be positive, is 0"),
     ("masking.mlm_rate", -0.1, "must be in [0, 1), is -0.1"),
     ("masking.image_drop_ratio", 1.0, "must be in [0, 1), is 1.0"),
     ("masking.image_token_ratio", -1.0, "must be in [0, 1), is -1.0"),
@@ -223,12 +225,14 @@ def test_optional_values_take_none_and_a_value(path):
     ("model.text.dropout", -0.5, "must be in [0, 1), is -0.5"),
     ("model.fusion.dropout", 1.0, "must be in [0, 1), is 1.0"),
     ("optimizer.warmup_fraction", 1.0, "must be in [0, 1), is 1.0"),
+    ("optimizer.final_fraction", 1.0, "must be in [0, 1), is 1.0"),
     ("optimizer.beta2", 1.0, "must be in [0, 1), is 1.0"),
     ("optimizer.learning_rate", 0.0, "must be positive, is 0.0"),
     ("optimizer.muon_rms", 0.0, "must be positive, is 0.0"),
     ("optimizer.muon_beta", 1.0, "must be in [0, 1), is 1.0"),
     ("optimizer.weight_decay", -1.0, "must not be negative, is -1.0"),
     ("optimizer.clip_norm", 0.0, "must be positive, is 0.0"),
+    ("objectives.mim", -1.0, "must not be negative, is -1.0"),
     ("objectives.itc", -1.0, "must not be negative, is -1.0"),
     ("objectives.completion_temperature", 0.0, "must be positive, is 0.0"),
     ("objectives.text_mgsc_group", 0, "must be positive, is 0"),
@@ -253,6 +257,9 @@ def test_optional_values_take_none_and_a_value(path):
     ("model.vision.width", 100, "not a multiple of 64"),
     ("model.text.width", 100, "not a multiple of 64"),
     ("model.fusion.width", 100, "not a multiple of 64"),
+    ("model.fusion.image_depth", 0, "must be positive, is 0"),
+    ("model.fusion.text_depth", 0, "must be positive, is 0"),
+    ("model.fusion.decoder_depth", 0, "must be positive, is 0"),
     ("model.vision.depth", -1, "must not be negative, is -1"),
     ("model.vision.depth", 0, "set class_state to mean"),
     ("model.text.place_std", -0.1, "must not be negative, is -0.1"),
@@ -349,6 +356,123 @@ def test_a_mesh_has_at_most_one_open_axis(sizes):
     config.from_config_dict(tree)
 
 
+# Systems.
+
+
+def maskvlm(**values):
+  """A ConfigDict of MaskVLM with the values at some dotted paths replaced."""
+  tree = config.to_config_dict(random_pairs.maskvlm())
+  for path, value in values.items():
+    *sections, name = path.split("__")
+    place = tree
+    for section in sections:
+      place = place[section]
+    place[name] = value
+  return tree
+
+
+def maskvlm_error(**values):
+  with pytest.raises(config.ConfigError) as caught:
+    config.from_config_dict(maskvlm(**values))
+  return str(caught.value)
+
+
+def test_an_objective_of_another_system_names_those_of_this_one():
+  assert error_of("objectives.mim", 0.5) == (
+    "config.objectives.mim: 0.5, but the objectives of system 'glscl' are mlm,"
+    " itm, itc, mgsc_image, mgsc_text, mltc_image, mltc_text; set it to 0"
+  )
+  assert maskvlm_error(objectives__mgsc_text=1.0) == (
+    "config.objectives.mgsc_text: 1, but the objectives of system 'maskvlm'"
+    " are mlm, mim, itc, itm; set it to 0"
+  )
+
+
+def test_every_objective_belongs_to_a_system():
+  weights = {
+    item.name
+    for item in dataclasses.fields(config.ObjectiveConfig)
+    if item.name in config.OBJECTIVES
+  }
+  assert weights == set(config.OBJECTIVES)
+  assert set(config.OBJECTIVES) == {
+    name for own in config.SYSTEM_OBJECTIVES.values() for name in own
+  }
+
+
+def test_active_objectives_are_those_with_a_weight():
+  weights = random_pairs.only("mim", itc=0.5)
+  assert config.ObjectiveConfig(**weights).active == ("itc", "mim")
+
+
+@pytest.mark.parametrize(
+  ("values", "told"),
+  [
+    (
+      {"model__vision__patch_size": 32},
+      "config.masking.image_block_size: 16 is no multiple of"
+      " model.vision.patch_size 32",
+    ),
+    (
+      {"model__vision__image_size": 40},
+      "config.masking.image_block_size: 16 does not divide"
+      " model.vision.image_size 40",
+    ),
+    (
+      {"model__text__width": 128},
+      "config.model.text.width: 128, but system 'maskvlm' needs"
+      " fusion.width 64",
+    ),
+    (
+      {"model__vision__width": 128},
+      "config.model.vision.width: 128, but system 'maskvlm' needs"
+      " fusion.width 64",
+    ),
+    (
+      {"model__match_features": "pooled"},
+      "config.model.match_features: 'pooled', but system 'maskvlm' knows"
+      " product, concat",
+    ),
+    (
+      {"objectives__itm_negatives": "dataset"},
+      "config.objectives.itm_negatives: 'dataset', but system 'maskvlm' knows"
+      " in_batch, hard",
+    ),
+    (
+      {"objectives__share_text_dropout": False},
+      "config.objectives.share_text_dropout: False, but system 'maskvlm'"
+      " encodes each text once",
+    ),
+    (
+      {"objectives__itc": 0.0},
+      "config.objectives.itm_negatives: 'hard' draws by ITC similarity and"
+      " needs itc > 0",
+    ),
+  ],
+  ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_maskvlm_cannot_run_names_its_path(values, told):
+  assert maskvlm_error(**values) == told
+
+
+def test_patches_of_18_pixels_are_hidden_in_blocks_of_36():
+  tree = maskvlm(model__vision__patch_size=18, model__vision__image_size=144)
+  tree.masking.image_block_size = 36
+  assert config.from_config_dict(tree).model.vision.num_patches == 64
+
+
+def test_without_mim_blocks_need_not_fit():
+  tree = maskvlm(objectives__mim=0.0, model__vision__patch_size=32)
+  assert config.from_config_dict(tree).objectives.mim == 0
+
+
+def test_only_the_patch_matrix_has_a_bias():
+  message = error_of(
+    "model.vision", {"patch_bias": True, "stem": (768,), "stem_blocks": (0,)}
+  )
+  assert message.startswith("config.model.vision.patch_bias: ")
+
+
 # The command line.
 
 
@@ -420,8 +544,6 @@ def test_an_override_out_of_range_names_its_path(tmp_path):
 
 
 # The recipes.
-
-# Arguments that a recipe takes besides none.
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES, ids=recipes.golden_name)

@@ -10,7 +10,7 @@ import numpy as np
 
 from glscl_jax import config as config_lib
 from glscl_jax.data import masking
-from glscl_jax.systems import glscl
+from glscl_jax.systems import registry
 from glscl_jax.types import Batch
 
 START, PAD, END = 0, 1, 2
@@ -31,10 +31,14 @@ def config(
   num_steps: int = 10,
   vision: dict | None = None,
   text: dict | None = None,
+  masking: dict | None = None,
+  system: str = "glscl",
   **model,
 ) -> config_lib.Config:
   """By default 16 patches of 8 x 8 pixels, 10 tokens, 64 words, width 64."""
   return config_lib.Config(
+    system=system,
+    masking=config_lib.MaskingConfig(**(masking or {})),
     model=config_lib.ModelConfig(
       vision=config_lib.VisionConfig(
         image_size=image_size,
@@ -52,6 +56,9 @@ def config(
       fusion=config_lib.FusionConfig(
         width=width,
         depth=depth,
+        image_depth=depth,
+        text_depth=depth,
+        decoder_depth=depth,
         dropout=dropout,
         restrict_last_layer=model.pop("restrict_last_layer", True),
       ),
@@ -84,6 +91,34 @@ SMALL_DATA = {
   "joint_width": 64,
   "zero_residual": True,
 }
+
+
+# MaskVLM: ImageNet's ViT, and blocks of 2 x 2 patches, 3 of 4 hidden.
+MASKVLM = {
+  "system": "maskvlm",
+  "masking": {"mlm_rate": 0.3, "image_block_size": 16},
+  "vision": {
+    "activation": "gelu",
+    "norm_eps": 1e-6,
+    "patch_bias": True,
+    "ln_pre": False,
+    "init": "truncated",
+    "mask_token_std": 0.02,
+  },
+  "joint_projection": "linear",
+  "match_features": "product",
+}
+
+
+def maskvlm(*names: str, **options) -> config_lib.Config:
+  """The smallest MaskVLM; `names`: its objectives, by default all.
+
+  `objectives`: further values of that section.
+  """
+  weights = only(*(names or config_lib.SYSTEM_OBJECTIVES["maskvlm"]))
+  negatives = "hard" if weights["itc"] else "in_batch"
+  objectives = {"itm_negatives": negatives, **options.pop("objectives", {})}
+  return config(**MASKVLM, objectives=weights | objectives, **options)
 
 
 def only(*names: str, **weights: float) -> dict[str, float]:
@@ -157,7 +192,16 @@ def sample(
     mask_id=mask_id,
   )
   num_patches = config.model.vision.num_patches
-  return {
+  blocks = {}
+  if config.objectives.mim > 0:
+    blocks["block_idx_BI"] = masking.block_patches(
+      rng,
+      config.model.vision.image_size,
+      config.model.vision.patch_size,
+      block_size=config.masking.image_block_size,
+      ratio=config.masking.image_block_ratio,
+    )
+  return blocks | {
     "image_BYXC": image_YXC,
     "identity_BM": np.array([index], np.int32),
     "text_ids_BT": ids_T,
@@ -185,7 +229,8 @@ def change(batch: Batch, **fields: np.ndarray) -> Batch:
 
 def params(config: config_lib.Config, *, seed: int = 0):
   """Fresh parameters."""
-  return jax.jit(functools.partial(glscl.init, config))(jax.random.key(seed))
+  init = functools.partial(registry.find(config).init, config)
+  return jax.jit(init)(jax.random.key(seed))
 
 
 def spread_params(
@@ -201,25 +246,31 @@ def spread_params(
       return np.full(leaf.shape, 0.07, np.float32)
     return 1 + spread * noise if "scale" in name else spread * noise
 
-  return jax.tree_util.tree_map_with_path(
-    draw, jax.eval_shape(lambda: glscl.init(config, jax.random.key(0)))
-  )
+  return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+
+
+def abstract_params(config: config_lib.Config):
+  """Shapes and types of the parameters; compiles nothing."""
+  init = functools.partial(registry.find(config).init, config)
+  return jax.eval_shape(init, jax.random.key(0))
 
 
 @functools.cache
 def loss_function(config: config_lib.Config):
   """Compiled `(params, batch, key) -> LossOutput`, once per configuration."""
+  loss = registry.find(config).loss
   return jax.jit(
-    lambda params, batch, key: glscl.loss(params, batch, config=config, key=key)
+    lambda params, batch, key: loss(params, batch, config=config, key=key)
   )
 
 
 @functools.cache
 def gradient_function(config: config_lib.Config):
   """Compiled `(params, batch, key) -> (gradients, metrics)`."""
+  loss = registry.find(config).loss
 
   def scalar(params, batch, key):
-    output = glscl.loss(params, batch, config=config, key=key)
+    output = loss(params, batch, config=config, key=key)
     return output.loss, output.metrics
 
   return jax.jit(jax.grad(scalar, has_aux=True))

@@ -1,4 +1,3 @@
-import functools
 import math
 import re
 
@@ -9,7 +8,6 @@ from jax.sharding import PartitionSpec as P
 from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.config import MeshConfig
-from glscl_jax.systems import glscl
 from glscl_jax.train import optimizer
 from tests import random_pairs
 
@@ -27,9 +25,7 @@ def base():
 
 
 def shapes(config):
-  params = jax.eval_shape(
-    functools.partial(glscl.init, config), jax.random.key(0)
-  )
+  params = random_pairs.abstract_params(config)
   return {
     sharding.path_name(path): leaf.shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -38,8 +34,12 @@ def shapes(config):
 
 @pytest.fixture(scope="module")
 def every_part(base):
-  """The paper's parameters, and those that only some recipes have."""
-  return base | shapes(random_pairs.config(**random_pairs.SMALL_DATA))
+  """GLSCL's, those that only some recipes have, and MaskVLM's."""
+  return (
+    base
+    | shapes(random_pairs.config(**random_pairs.SMALL_DATA))
+    | shapes(random_pairs.maskvlm(depth=2))
+  )
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -84,9 +84,9 @@ def identity(example: sources.Example, kind: str) -> np.ndarray:
 
 
 def mask_kinds(config: config_lib.Config) -> frozenset[str]:
-  """Which masks the active objectives read: mlm, scl, keep, token, false.
+  """Which masks active objectives read: mlm, scl, keep, token, block, false.
 
-  Those of the versions in `systems/glscl.make_plan`, which data cannot import.
+  Those of the versions that the systems encode, which data cannot import.
   """
   weight = config.objectives
   image = weight.mgsc_image > 0 or weight.mltc_image > 0
@@ -103,6 +103,8 @@ def mask_kinds(config: config_lib.Config) -> frozenset[str]:
   if weight.completion_targets == "partner_masked":
     # The complete input of one modality stands beside a masked one.
     kinds |= ({"scl"} if image else set()) | ({"keep"} if text else set())
+  if weight.mim > 0:
+    kinds |= {"block"}
   if weight.itm > 0 and weight.itm_negatives == "dataset":
     kinds |= {"false"}
   return frozenset(kinds)
@@ -249,6 +251,14 @@ class RowMaker:
         masking.sample_rng(*pair_key, "token"),
         num_patches,
         ratio=options.image_token_ratio,
+      )
+    if "block" in self.kinds:
+      row["block_idx_BI"] = masking.block_patches(
+        masking.sample_rng(*pair_key, "block"),
+        self.config.model.vision.image_size,
+        self.config.model.vision.patch_size,
+        block_size=options.image_block_size,
+        ratio=options.image_block_ratio,
       )
     return row
 

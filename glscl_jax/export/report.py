@@ -22,6 +22,7 @@ from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, sources, transforms
 from glscl_jax.export import attention, pictures
 from glscl_jax.export.weights import Weights, name_arrays, params_sha256
+from glscl_jax.systems import registry
 from glscl_jax.tasks import results, retrieval
 
 CELL_TITLES = {
@@ -35,6 +36,7 @@ CURVES = {  # metric -> title, in this order
   "mlm": "MLM (nats a masked token)",
   "itm": "ITM (nats a pair)",
   "itc": "ITC (nats a pair)",
+  "mim": "MIM (deviations a pixel)",
   "mgsc_image": "MGSC image (nats)",
   "mgsc_text": "MGSC text (nats)",
   "mltc_image": "MLTC image (nats a patch)",
@@ -194,7 +196,7 @@ def _facts(workdir: pathlib.Path, weights: Weights, data_dir: str) -> str:
     f"{model.vision.patch_size} px{_describe_stem(model.vision)}",
     "Text encoder": f"depth {model.text.depth}, width {model.text.width}, "
     f"{model.text.vocab_size:,} pieces, at most {model.text.max_length} tokens",
-    "Fusion": f"co-attention, depth {model.fusion.depth} a stream",
+    "Fusion": registry.find(config).describe_fusion(config),
     "Steps": f"{weights.step:,} of {config.train.num_steps:,}, batch "
     f"{config.data.batch_size:,}, peak learning rate "
     f"{config.optimizer.learning_rate:g}, seed {config.train.seed}",
@@ -512,9 +514,8 @@ def _attention(
 
 def _attends(weights: Weights) -> bool:
   """Whether the last fusion layer has parameters of its text stream."""
-  return any(
-    name.startswith("fusion.last.text.") for name in name_arrays(weights.params)
-  )
+  part = registry.find(weights.config).attention_part + "."
+  return any(name.startswith(part) for name in name_arrays(weights.params))
 
 
 def _attention_row(found: attention.Attention) -> str:

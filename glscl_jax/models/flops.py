@@ -8,6 +8,8 @@ left out. By this rule CLIP's published figures come out: 8.82, 35.13 and
 
 from __future__ import annotations
 
+from glscl_jax.config import VisionConfig
+
 
 def linear(rows: int, width_in: int, width_out: int) -> int:
   """A linear map of `rows` vectors."""
@@ -55,6 +57,19 @@ def stem(cells: int, cell_values: int, widths: tuple[int, ...], blocks) -> int:
   return total
 
 
+def embedding(vision: VisionConfig) -> int:
+  """The patches of one image, by the patch matrix or the stem."""
+  if not vision.stem:
+    return patch_embedding(vision.width, vision.patch_size, vision.num_patches)
+  cells_a_patch = 4 ** (len(vision.stem) - 1)
+  return stem(
+    vision.num_patches * cells_a_patch,
+    3 * vision.patch_size**2 // cells_a_patch,
+    vision.stem,
+    vision.stem_blocks,
+  )
+
+
 def cross_block(rows: int, length: int, context: int, width: int) -> int:
   """Self-attention, cross-attention and MLP for `rows` of `length` tokens.
 
@@ -76,9 +91,12 @@ def co_attention(text_length: int, image_length: int, width: int) -> int:
   ) + cross_block(image_length, image_length, text_length, width)
 
 
-def joint_projection(width: int, joint_width: int) -> int:
-  """The ITC head of one modality."""
-  return linear(1, width, width) + linear(1, width, joint_width)
+def joint_projection(kind: str, width: int, joint_width: int) -> int:
+  """The ITC head of one modality, by `model.joint_projection`."""
+  last = linear(1, width, joint_width)
+  return {"mlp": linear(1, width, width) + last, "linear": last, "none": 0}[
+    kind
+  ]
 
 
 def vocabulary_head(rows: int, width: int, vocab_size: int) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from glscl_jax.config import ModelConfig
 from glscl_jax.models import layers
 
 
@@ -40,6 +43,23 @@ class JointProjection(nn.Module):
     )
 
 
+def make_projection(config: ModelConfig) -> Callable[[jax.Array], jax.Array]:
+  """From class states to float32 ITC vectors, not yet normalised.
+
+  For `setup` of a module: with `joint_projection="none"` it has no parameters.
+  """
+  if config.joint_projection == "mlp":
+    return JointProjection(config.joint_width, config.compute_dtype)
+  if config.joint_projection == "linear":
+    return layers.Dense(
+      config.joint_width,
+      config.compute_dtype,
+      kernel_init=nn.initializers.normal(config.init_std),
+      out_dtype="float32",
+    )
+  return lambda x_BD: x_BD.astype(jnp.float32)
+
+
 class VocabularyHead(nn.Module):
   """Linear, GELU, LN, Linear to the vocabulary; untied."""
 
@@ -63,19 +83,31 @@ class VocabularyHead(nn.Module):
     )(h_BJD)
 
 
-class MatchHead(nn.Module):
-  """ITM: Linear(2D, 2) on cls_feats; class 1 is a match."""
+class LinearHead(nn.Module):
+  """One Linear to `features` values."""
 
+  features: int
   dtype: str
   init_std: float
 
   @nn.compact
-  def __call__(self, features_BD: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array) -> jax.Array:
     dense = layers.Dense(
-      2,
+      self.features,
       self.dtype,
       kernel_init=nn.initializers.normal(self.init_std),
       out_dtype="float32",
       name="fc",
     )
-    return dense(features_BD)
+    return dense(x)
+
+
+def make_match_head(config: ModelConfig) -> LinearHead:
+  """ITM: two logits of a pair's features; class 1 is a match."""
+  return LinearHead(2, config.compute_dtype, config.init_std)
+
+
+def make_pixel_head(config: ModelConfig) -> LinearHead:
+  """MIM: the values of a patch, (row, column, channel) as `patchify`."""
+  values = 3 * config.vision.patch_size**2
+  return LinearHead(values, config.compute_dtype, config.init_std)

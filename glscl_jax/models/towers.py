@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from glscl_jax.config import ModelConfig
 from glscl_jax.models import fusion, heads, layers, text, vision
@@ -24,28 +23,22 @@ class Towers(nn.Module):
     self.vision = vision.VisionEncoder(config)
     self.text = text.TextEncoder(config)
     self.fusion = fusion.Fusion(config)
-    if config.joint_projection == "mlp":
-      joint = (config.joint_width, config.compute_dtype)
-      self.image_projection = heads.JointProjection(*joint)
-      self.text_projection = heads.JointProjection(*joint)
+    self.image_projection = heads.make_projection(config)
+    self.text_projection = heads.make_projection(config)
     self.temperature = layers.Values(
       (), nn.initializers.constant(config.itc_temperature)
     )
     self.mlm_head = heads.VocabularyHead(
       config.text.vocab_size, config.compute_dtype, config.init_std
     )
-    self.match_head = heads.MatchHead(config.compute_dtype, config.init_std)
+    self.match_head = heads.make_match_head(config)
 
   def project_text(self, text_BD: jax.Array) -> jax.Array:
     """float32 ITC vectors of transformed class tokens, not yet normalised."""
-    if self.config.joint_projection == "none":
-      return text_BD.astype(jnp.float32)
     return self.text_projection(text_BD)
 
   def project_image(self, image_BD: jax.Array) -> jax.Array:
     """As `project_text`."""
-    if self.config.joint_projection == "none":
-      return image_BD.astype(jnp.float32)
     return self.image_projection(image_BD)
 
   def match_logits(self, text_BD: jax.Array, image_BD: jax.Array) -> jax.Array:

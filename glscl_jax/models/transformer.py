@@ -29,12 +29,14 @@ class PreBlock(nn.Module):
   eps: float
   activation: str
   zero_residual: bool = False
+  qkv_init: layers.Initializer | None = None  # None: CLIP's, by the width
+  kernel_init: layers.Initializer = nn.initializers.xavier_uniform()
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    xavier = nn.initializers.xavier_uniform()
-    last_init = nn.initializers.zeros if self.zero_residual else xavier
-    qkv_init = nn.initializers.normal(self.width**-0.5)
+    kernel_init = self.kernel_init
+    last_init = nn.initializers.zeros if self.zero_residual else kernel_init
+    qkv_init = self.qkv_init or nn.initializers.normal(self.width**-0.5)
     h_BLD = layers.LayerNorm(self.eps, name="norm1")(x_BLD)
     x_BLD += attention.Attention(
       self.dtype, qkv_init=qkv_init, out_init=last_init, name="attention"
@@ -43,7 +45,7 @@ class PreBlock(nn.Module):
     return x_BLD + layers.Mlp(
       self.dtype,
       self.activation,
-      kernel_init=xavier,
+      kernel_init=kernel_init,
       out_init=last_init,
       name="mlp",
     )(h_BLD)
@@ -131,6 +133,11 @@ class PostCrossBlock(nn.Module):
     return self.cross_attention(
       h_BLD, context_BMD, context_valid_BM, return_probabilities=True
     )
+
+  def example(self) -> tuple[Any, ...]:
+    """Smallest inputs, to create parameters."""
+    token_11D = example_token(self.width, self.dtype)
+    return token_11D, token_11D, None, None
 
   def _after_self_attention(self, x_BLD, valid_BL, rows_BQ):
     q_BQD = x_BLD if rows_BQ is None else layers.take_rows(x_BLD, rows_BQ)

@@ -1,4 +1,4 @@
-"""Vision encoder of SCL and GLSCL: a CLIP ViT in three modes.
+"""Vision encoder of all systems: a ViT in three modes.
 
 complete: all patches. drop: only the kept patches travel. token: hidden
 patches are replaced by a learned vector before positions are added.
@@ -6,6 +6,7 @@ patches are replaced by a learned vector before positions are added.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -20,6 +21,15 @@ def patchify(image_BYXC: jax.Array, patch_size: int) -> jax.Array:
   """(B,R,R,3) to (B,I,P), patches row-major, values (row, column, channel)."""
   cells_BLMP = stem.join_cells(image_BYXC, patch_size)
   return cells_BLMP.reshape(cells_BLMP.shape[0], -1, cells_BLMP.shape[-1])
+
+
+def unpatchify(patches_BIP: jax.Array, patch_size: int) -> jax.Array:
+  """Undoes `patchify` for square images."""
+  batch, num_patches, _ = patches_BIP.shape
+  grid = round(num_patches**0.5)
+  cells = patches_BIP.reshape(batch, grid, grid, patch_size, patch_size, -1)
+  side = grid * patch_size
+  return cells.transpose(0, 1, 3, 2, 4, 5).reshape(batch, side, side, -1)
 
 
 def named_patches(index_BJ: jax.Array, num_patches: int) -> jax.Array:
@@ -37,6 +47,28 @@ def replace_patches(
   return jnp.where(hidden_BI[:, :, None], token_11D, x_BID)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Initializers:
+  """How each kind of array of the encoder starts."""
+
+  patches: layers.Initializer  # the patch matrix
+  table: layers.Initializer  # class token and positions
+  qkv: layers.Initializer
+  kernel: layers.Initializer  # the other matrices of the blocks
+
+
+def make_initializers(config: ModelConfig) -> Initializers:
+  """Those that `config.vision.init` names."""
+  if config.vision.init == "truncated":
+    truncated = nn.initializers.truncated_normal(config.init_std)
+    return Initializers(
+      patches=truncated, table=truncated, qkv=truncated, kernel=truncated
+    )
+  xavier = nn.initializers.xavier_uniform()
+  normal = nn.initializers.normal(config.vision.width**-0.5)
+  return Initializers(patches=xavier, table=normal, qkv=normal, kernel=xavier)
+
+
 class VisionEncoder(nn.Module):
   """Images to token states after ln_post on all tokens; row 0 is the class.
 
@@ -51,20 +83,24 @@ class VisionEncoder(nn.Module):
 
   def setup(self):
     vision = self.config.vision
-    normal = nn.initializers.normal(vision.width**-0.5)
+    inits = make_initializers(self.config)
     if vision.stem:
       self.stem = stem.Stem(self.config)
     else:
       self.patch_kernel_PD = self.param(
         "patch_kernel",
-        nn.initializers.xavier_uniform(),
+        inits.patches,
         (3 * vision.patch_size**2, vision.width),
       )
+    if vision.patch_bias:
+      self.patch_bias_D = self.param(
+        "patch_bias", nn.initializers.zeros, (vision.width,)
+      )
     if vision.depth:
-      self.class_D = self.param("class_embedding", normal, (vision.width,))
+      self.class_D = self.param("class_embedding", inits.table, (vision.width,))
     num_rows = vision.num_patches + (1 if vision.depth else 0)
     self.position_LD = self.param(
-      "position_embedding", normal, (num_rows, vision.width)
+      "position_embedding", inits.table, (num_rows, vision.width)
     )
     self.mask_token = layers.Values(
       (vision.width,), nn.initializers.normal(vision.mask_token_std)
@@ -79,6 +115,8 @@ class VisionEncoder(nn.Module):
         eps=vision.norm_eps,
         activation=vision.activation,
         zero_residual=self.config.zero_residual,
+        qkv_init=inits.qkv,
+        kernel_init=inits.kernel,
         parent=None,
       ),
       vision.depth,
@@ -87,7 +125,7 @@ class VisionEncoder(nn.Module):
     )
 
   def embed(self, image_BYXC: jax.Array) -> jax.Array:
-    """Patch embeddings before positions, (B, I, D); no bias, as in CLIP.
+    """Patch embeddings before positions, (B, I, D).
 
     With a convolution stem, embeddings read neighbouring patches: pixels that
     must stay hidden have to be blanked before.
@@ -95,9 +133,12 @@ class VisionEncoder(nn.Module):
     if self.config.vision.stem:
       return self.stem(image_BYXC)
     patches_BIP = patchify(image_BYXC, self.config.vision.patch_size)
-    return products.dot(
+    x_BID = products.dot(
       patches_BIP, self.patch_kernel_PD, dtype=self.config.compute_dtype
     )
+    if self.config.vision.patch_bias:
+      x_BID += self.patch_bias_D[None, None].astype(x_BID.dtype)
+    return x_BID
 
   def complete(self, x_BID: jax.Array) -> jax.Array:
     """[cls; x] + P; without blocks [0; x + P]."""
@@ -124,9 +165,9 @@ class VisionEncoder(nn.Module):
   def encode(self, x_BLD: jax.Array) -> jax.Array:
     """Embedded tokens to states, same shape."""
     vision = self.config.vision
-    if vision.depth:
-      x_BLD = self.blocks(self.ln_pre(x_BLD))
-    y_BLD = self.ln_post(x_BLD)
+    if vision.depth and vision.ln_pre:
+      x_BLD = self.ln_pre(x_BLD)
+    y_BLD = self.ln_post(self.blocks(x_BLD))
     if vision.class_state == "mean":
       y_BLD = layers.put_mean_first(y_BLD)
     return y_BLD

@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from glscl_jax.config import OBJECTIVES, Config, ObjectiveConfig
-from glscl_jax.data import masking
-from glscl_jax.models import layers, products, stem
+from glscl_jax.config import Config, ObjectiveConfig
+from glscl_jax.models import layers
 from glscl_jax.models.towers import Towers
 from glscl_jax.models.vision import named_patches
-from glscl_jax.objectives import completion, contrastive, masked_lm, matching
-from glscl_jax.systems import views
+from glscl_jax.objectives import completion, contrastive, matching
+from glscl_jax.systems import inputs, terms, views
 from glscl_jax.systems.views import Pass, Reads
 from glscl_jax.types import Batch, LossOutput, Params
 
@@ -81,15 +80,10 @@ def objective_reads(config: ObjectiveConfig) -> dict[str, list[Reads]]:
   }
 
 
-def active_objectives(config: ObjectiveConfig) -> tuple[str, ...]:
-  """Objectives with a weight above 0, in a fixed order."""
-  return tuple(name for name in OBJECTIVES if getattr(config, name) > 0)
-
-
 def make_plan(config: ObjectiveConfig) -> views.Plan:
   """The versions and passes that the active objectives read together."""
   table = objective_reads(config)
-  active = active_objectives(config)
+  active = config.active
   text = "full" if config.share_text_dropout else "full:itc"
   return views.make_plan(
     [read for name in active for read in table[name]],
@@ -110,26 +104,24 @@ class Encoded:
   itm_ok_B: jax.Array | None  # pairs that count; None: all
 
 
-def normalize_images(image_BYXC: jax.Array, config: Config) -> jax.Array:
-  """uint8 to (x / 255 - mean) / std; floats are taken as normalised.
-
-  The result is of the type that travels between products.
-  """
-  dtype = products.activation_dtype(config.model.compute_dtype)
-  if jnp.issubdtype(image_BYXC.dtype, jnp.floating):
-    return image_BYXC.astype(dtype)
-  mean_111C = jnp.asarray(config.data.mean, jnp.float32)[None, None, None]
-  std_111C = jnp.asarray(config.data.std, jnp.float32)[None, None, None]
-  unit_BYXC = image_BYXC.astype(jnp.float32) / 255.0
-  return ((unit_BYXC - mean_111C) / std_111C).astype(dtype)
-
-
 def encode_images(
   model: Towers, batch: Batch, versions: tuple[str, ...], config: Config
 ) -> dict[str, jax.Array]:
   """Encoder states of the versions of I, equal lengths in one call."""
-  image_BYXC = normalize_images(batch.image_BYXC, config)
-  patches = embed_images(model, batch, image_BYXC, versions)
+  num_patches = config.model.vision.num_patches
+
+  def visible(version: str) -> jax.Array | None:
+    if version == "token":
+      return ~named_patches(batch.tok_idx_BI, num_patches)
+    if version == "drop":
+      return named_patches(batch.keep_idx_BI, num_patches)
+    return None
+
+  patches = inputs.embed_versions(
+    model.vision,
+    inputs.normalize_images(batch.image_BYXC, config),
+    {name: visible(name) for name in versions if name != "itm"},
+  )
   embedded = {}
   if "full" in versions:
     embedded["full"] = (model.vision.complete(patches["full"]),)
@@ -138,36 +130,6 @@ def encode_images(
   if "drop" in versions:
     embedded["drop"] = (model.vision.drop(patches["drop"], batch.keep_idx_BI),)
   return views.batch_by_shape(model.vision.encode, embedded)
-
-
-def embed_images(
-  model: Towers,
-  batch: Batch,
-  image_BYXC: jax.Array,
-  versions: tuple[str, ...],
-) -> dict[str, jax.Array]:
-  """Patch embeddings of each version, (B, I, D).
-
-  A patch matrix sees one patch at a time: all versions share one embedding. A
-  convolution stem runs once a version, without the pixels hidden there.
-  """
-  vision = model.config.vision
-  if not vision.stem:
-    return dict.fromkeys(versions, model.vision.embed(image_BYXC))
-
-  def without_hidden(version: str) -> jax.Array:
-    if version == "token":
-      visible_BI = ~named_patches(batch.tok_idx_BI, vision.num_patches)
-    elif version == "drop":
-      visible_BI = named_patches(batch.keep_idx_BI, vision.num_patches)
-    else:
-      return image_BYXC
-    return stem.blank(image_BYXC, visible_BI, vision.patch_size)
-
-  return views.batch_by_shape(
-    model.vision.embed,
-    {name: (without_hidden(name),) for name in versions if name != "itm"},
-  )
 
 
 def encode_texts(
@@ -179,11 +141,13 @@ def encode_texts(
     "mlm": batch.mlm_ids_BT,
     "scl": batch.scl_ids_BT,
   }
-  inputs = {
-    name: (ids[name.partition(":")[0]], batch.text_valid_BT)
-    for name in versions
-  }
-  return views.batch_by_shape(model.text, inputs)
+  return views.batch_by_shape(
+    model.text,
+    {
+      name: (ids[name.partition(":")[0]], batch.text_valid_BT)
+      for name in versions
+    },
+  )
 
 
 def encode(
@@ -254,7 +218,7 @@ def dataset_images(pairing: Pairing) -> Shown:
   rows_A = jnp.argsort(batch.itm_labels_B, stable=True)[:num_false]
   false_AID = pairing.model.fusion.transform_image(
     pairing.model.vision(
-      normalize_images(batch.false_image_BYXC[rows_A], pairing.config)
+      inputs.normalize_images(batch.false_image_BYXC[rows_A], pairing.config)
     )
   )
   return pairing.y_BID.at[rows_A].set(false_AID), batch.itm_labels_B, None
@@ -276,13 +240,7 @@ def hard_images(pairing: Pairing) -> Shown:
   A false pair without a candidate does not count.
   """
   labels_B, draw_key = pairing.draw_labels()
-  text_GAE, image_GAE = (
-    contrastive.normalize(v).reshape(-1, pairing.group, v.shape[-1])
-    for v in pairing.joint
-  )
-  similarity_GAA = jnp.einsum(
-    "GAE,GBE->GAB", text_GAE, image_GAE, precision=jax.lax.Precision.HIGHEST
-  )
+  similarity_GAA = matching.similarity_in_groups(*pairing.joint, pairing.group)
   index_B, found_B = matching.hard_negatives(
     similarity_GAA / pairing.model.temperature(),
     matching.same_in_groups(pairing.batch.identity_BM, pairing.group),
@@ -327,7 +285,7 @@ def fuse(
     "class": class_B1,
     "token": None if batch.tok_idx_BI is None else batch.tok_idx_BI + 1,
   }
-  inputs = {
+  streams_in = {
     fused: (
       encoded.texts[fused.text],
       encoded.text_valid_BT,
@@ -335,7 +293,7 @@ def fuse(
     )
     for fused in plan.passes
   }
-  bodies = views.batch_by_shape(model.fusion.body, inputs)
+  bodies = views.batch_by_shape(model.fusion.body, streams_in)
   restricted = config.model.fusion.restrict_last_layer
   text, image = {}, {}
   for fused, streams in bodies.items():
@@ -388,48 +346,29 @@ class Context:
     ]
 
 
-Terms = tuple[jax.Array, dict[str, jax.Array]]
-
-
-def _mlm(context: Context) -> Terms:
+def _mlm(context: Context) -> terms.Term:
   (x_BJD,) = context.rows("mlm")
-  logits_BJV = context.model.mlm_head(x_BJD)
-  labels = context.batch.mlm_labels_BJ, context.batch.mlm_ok_BJ
-  loss = masked_lm.masked_cross_entropy(logits_BJV, *labels)
-  return loss, {"mlm_accuracy": masked_lm.accuracy(logits_BJV, *labels)}
+  return terms.mlm(context.model.mlm_head(x_BJD), context.batch)
 
 
-def _itm(context: Context) -> Terms:
+def _itm(context: Context) -> terms.Term:
   x_B1D, y_B1D = context.rows("itm")
   logits_B2 = context.model.match_logits(x_B1D[:, 0], y_B1D[:, 0])
-  pairs = context.encoded.itm_labels_B, context.encoded.itm_ok_B
-  loss = matching.match_cross_entropy(logits_B2, *pairs)
-  return loss, {"itm_accuracy": matching.accuracy(logits_B2, *pairs)}
+  encoded = context.encoded
+  return terms.itm(logits_B2, encoded.itm_labels_B, encoded.itm_ok_B)
 
 
-def _itc(context: Context) -> Terms:
-  temperature = context.model.temperature()
-  text_BE, image_BE = (
-    contrastive.scale_gradient(v_BE, context.config.contrast_grad_scale)
-    for v_BE in context.encoded.joint
+def _itc(context: Context) -> terms.Term:
+  return terms.itc(
+    *context.encoded.joint,
+    context.model.temperature(),
+    context.batch,
+    context.config,
   )
-  loss = contrastive.image_text_contrast(
-    image_BE,
-    text_BE,
-    temperature,
-    identity_BM=context.batch.identity_BM,
-    same_image=context.config.same_image,
-  )
-  return loss, {
-    "itc_accuracy": contrastive.accuracy(
-      image_BE, text_BE, context.batch.identity_BM
-    ),
-    "itc_temperature": temperature,
-  }
 
 
-def _global(name: str) -> Callable[[Context], Terms]:
-  def objective(context: Context) -> Terms:
+def _global(name: str) -> Callable[[Context], terms.Term]:
+  def objective(context: Context) -> terms.Term:
     masked_B1D, complete_B1D = context.rows(name)
     scale = context.config.contrast_grad_scale
     loss = completion.global_completion(
@@ -445,10 +384,10 @@ def _global(name: str) -> Callable[[Context], Terms]:
   return objective
 
 
-def _local(name: str) -> Callable[[Context], Terms]:
+def _local(name: str) -> Callable[[Context], terms.Term]:
   is_text = name == "mltc_text"
 
-  def objective(context: Context) -> Terms:
+  def objective(context: Context) -> terms.Term:
     masked_BJD, complete_BJD = context.rows(name)
     config = context.config
     loss = completion.local_completion(
@@ -465,7 +404,7 @@ def _local(name: str) -> Callable[[Context], Terms]:
   return objective
 
 
-LOSSES: dict[str, Callable[[Context], Terms]] = {
+LOSSES: dict[str, Callable[[Context], terms.Term]] = {
   "mlm": _mlm,
   "itm": _itm,
   "itc": _itc,
@@ -490,12 +429,9 @@ def _step(
     objective_reads(config.objectives),
     config.objectives,
   )
-  total, metrics = jnp.zeros(()), {}
-  for name in active_objectives(config.objectives):
-    value, extra = LOSSES[name](context)
-    total += getattr(config.objectives, name) * value
-    metrics |= {name: value, **extra}
-  return LossOutput(loss=total, metrics={"loss": total, **metrics})
+  return terms.weighted_sum(
+    config.objectives, lambda name: LOSSES[name](context)
+  )
 
 
 def loss(
@@ -524,42 +460,8 @@ def loss(
 def init(config: Config, key: jax.Array) -> Params:
   """Parameters of everything the active objectives read, float32."""
   return Towers(config.model).init(
-    {"params": key}, example_batch(config), config, key, method=_step
+    {"params": key}, inputs.example_batch(config), config, key, method=_step
   )["params"]
-
-
-def example_batch(config: Config) -> Batch:
-  """A batch of two samples with the shapes of the real one, all zeros."""
-  vision, text = config.model.vision, config.model.text
-  num_kept = masking.num_kept(
-    vision.num_patches, config.masking.image_drop_ratio
-  )
-  num_tok = masking.num_hidden(
-    vision.num_patches, config.masking.image_token_ratio
-  )
-  size = vision.image_size
-  ids_BT = jnp.zeros((2, text.max_length), jnp.int32)
-  valid_BT = jnp.ones((2, text.max_length), bool)
-  pos_BJ = jnp.zeros((2, 1), jnp.int32)
-  ok_BJ = jnp.ones((2, 1), bool)
-  image_BYXC = jnp.zeros((2, size, size, 3), jnp.uint8)
-  return Batch(
-    image_BYXC=image_BYXC,
-    identity_BM=jnp.arange(2, dtype=jnp.int32)[:, None],
-    text_ids_BT=ids_BT,
-    text_valid_BT=valid_BT,
-    mlm_ids_BT=ids_BT,
-    mlm_pos_BJ=pos_BJ,
-    mlm_labels_BJ=pos_BJ,
-    mlm_ok_BJ=ok_BJ,
-    scl_ids_BT=ids_BT,
-    scl_pos_BJ=pos_BJ,
-    scl_ok_BJ=ok_BJ,
-    keep_idx_BI=jnp.zeros((2, num_kept), jnp.int32),
-    tok_idx_BI=jnp.zeros((2, num_tok), jnp.int32),
-    itm_labels_B=jnp.array([0, 1], jnp.int32),
-    false_image_BYXC=image_BYXC,
-  )
 
 
 def encode_image(
@@ -568,7 +470,7 @@ def encode_image(
   """Complete images to encoder states (B, 1 + N, D), class token first."""
 
   def method(model: Towers) -> jax.Array:
-    return model.vision(normalize_images(image_BYXC, config))
+    return model.vision(inputs.normalize_images(image_BYXC, config))
 
   return _apply(params, config, method)
 

@@ -71,22 +71,6 @@ def text_encoding(config: Config) -> int:
   )
 
 
-def embedding(config: Config) -> int:
-  """The patches of one image."""
-  vision = config.model.vision
-  if not vision.stem:
-    return flops.patch_embedding(
-      vision.width, vision.patch_size, vision.num_patches
-    )
-  cells_a_patch = 4 ** (len(vision.stem) - 1)
-  return flops.stem(
-    vision.num_patches * cells_a_patch,
-    3 * vision.patch_size**2 // cells_a_patch,
-    vision.stem,
-    vision.stem_blocks,
-  )
-
-
 def forward(config: Config) -> Forward:
   """What `glscl.loss` computes."""
   model, objectives = config.model, config.objectives
@@ -94,13 +78,13 @@ def forward(config: Config) -> Forward:
   versions = [name for name in plan.image_versions if name != "itm"]
   # A patch matrix serves all versions at once, a stem runs for each.
   image = float(
-    embedding(config) * (len(versions) if model.vision.stem else 1)
+    flops.embedding(model.vision) * (len(versions) if model.vision.stem else 1)
   ) + sum(image_encoding(config, sizes.image[name]) for name in versions)
   if "itm" in plan.image_versions and objectives.itm_negatives == "dataset":
     group = min(objectives.neg_group, config.data.batch_size)
     false_share = (group - group // 2) / group
     image += false_share * (
-      embedding(config) + image_encoding(config, sizes.image["itm"])
+      flops.embedding(model.vision) + image_encoding(config, sizes.image["itm"])
     )
   fusion = targets = 0.0
   trained = trained_streams(objectives)
@@ -137,7 +121,7 @@ def trained_streams(
   reads = glscl.objective_reads(objectives)
   return frozenset(
     (read.fused, stream)
-    for name in glscl.active_objectives(objectives)
+    for name in objectives.active
     for read in reads[name]
     for stream, rows in (("text", read.text_rows), ("image", read.image_rows))
     if rows and not read.target
@@ -167,9 +151,8 @@ def heads(config: Config, *, mlm_rows: int) -> float:
   parts = {
     "mlm": flops.vocabulary_head(mlm_rows, width, model.text.vocab_size),
     "itm": flops.match_head(width),
-    "itc": 2 * flops.joint_projection(width, model.joint_width)
-    if model.joint_projection == "mlp"
-    else 0,
+    "itc": 2
+    * flops.joint_projection(model.joint_projection, width, model.joint_width),
   }
-  active = glscl.active_objectives(config.objectives)
+  active = config.objectives.active
   return float(sum(parts[name] for name in parts if name in active))

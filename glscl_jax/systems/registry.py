@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 
 from glscl_jax.config import Config
-from glscl_jax.systems import glscl, glscl_flops
+from glscl_jax.systems import glscl, glscl_flops, maskvlm, maskvlm_flops
 from glscl_jax.systems.flops import Forward
 from glscl_jax.types import LossOutput, Params
 
@@ -36,6 +36,8 @@ class System:
   ]  # (params, x_BTD, text_valid_BT, y_BID)
   # Report.
   cross_attention: Callable[..., jax.Array]  # as match_scores
+  attention_part: str  # parameters that cross_attention needs
+  describe_fusion: Callable[[Config], str]
 
 
 SYSTEMS = {
@@ -49,6 +51,27 @@ SYSTEMS = {
     text_vectors=glscl.text_vectors,
     match_scores=glscl.match_scores,
     cross_attention=glscl.cross_attention,
+    attention_part="fusion.last.text",
+    describe_fusion=lambda config: (
+      f"co-attention, depth {config.model.fusion.depth} a stream"
+    ),
+  ),
+  "maskvlm": System(
+    init=maskvlm.init,
+    loss=maskvlm.loss,
+    forward=maskvlm_flops.forward,
+    encode_image=maskvlm.encode_image,
+    encode_text=maskvlm.encode_text,
+    image_vectors=maskvlm.image_vectors,
+    text_vectors=maskvlm.text_vectors,
+    match_scores=maskvlm.match_scores,
+    cross_attention=maskvlm.cross_attention,
+    attention_part="text_cross.last",
+    describe_fusion=lambda config: (
+      f"cross-attention, depth {config.model.fusion.image_depth} (image), "
+      f"{config.model.fusion.text_depth} (text), "
+      f"{config.model.fusion.decoder_depth} (pixel decoder)"
+    ),
   ),
 }
 

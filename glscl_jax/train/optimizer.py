@@ -19,9 +19,12 @@ from glscl_jax.config import OptimizerConfig
 LR_RULES: tuple[tuple[str, str], ...] = (
   (r"fusion/(stack|last)/.*", "fusion"),
   (r"fusion/(text|image)_(transform|pooler)/.*", "fusion"),
-  (r"(mlm|match)_head/.*", "head"),
+  (r"(text_cross|image_cross|decoder)/.*", "fusion"),
+  (r"(mlm|match|pixel)_head/.*", "head"),
   (r"(vision|text)/.*", "encoder"),
-  (r"(text|image)_projection/.*", "encoder"),
+  (r"(text|image)_projection/(fc[12]|norm)/.*", "encoder"),
+  # A single matrix is MaskVLM's: it is with the heads there [choice].
+  (r"(text|image)_projection/(kernel|bias)", "head"),
   (r"(temperature|fusion/type_embedding)/value", "encoder"),
 )
 
@@ -31,12 +34,13 @@ DECAY_RULES: tuple[tuple[str, str], ...] = (
   (r"vision/patch_kernel", "decay"),
   (r"(text/(word|position|type)|vision/position)_embedding", "decay"),
   (r"fusion/type_embedding/value", "decay"),
-  (r".*/bias", "none"),
+  (r".*/(patch_)?bias", "none"),
   (r"vision/(class_embedding|mask_token/value)", "accident"),
   (r"temperature/value", "accident"),
   (r"(vision/.*|(text|image)_projection/)norm\d?/scale", "accident"),
   (r"vision/ln_(pre|post)/scale", "accident"),
   (r"(text|fusion|mlm_head)/.*norm\d?/scale", "none"),
+  (r"(text_cross|image_cross|decoder)/.*norm\d/scale", "none"),
 )
 
 # What variant="muon" orthogonalizes; Adam moves the others. The vocabulary
@@ -44,12 +48,13 @@ DECAY_RULES: tuple[tuple[str, str], ...] = (
 # others too, as in every run so far; a stem's matrices are not [choice].
 MUON_RULES: tuple[tuple[str, str], ...] = (
   (r"(vision|text|fusion)/.*/kernel", "matrix"),
-  (r"(text|image)_projection/fc[12]/kernel", "matrix"),
-  (r"(mlm_head/fc1|match_head/fc)/kernel", "matrix"),
+  (r"(text_cross|image_cross|decoder)/.*/kernel", "matrix"),
+  (r"(text|image)_projection/(fc[12]/)?kernel", "matrix"),
+  (r"(mlm_head/fc1|(match|pixel)_head/fc)/kernel", "matrix"),
   (r"mlm_head/fc2/kernel", "other"),
   (r"vision/patch_kernel", "other"),
   (r"(vision|text)/[a-z]+_embedding", "other"),
-  (r".*/(bias|scale|value)", "other"),
+  (r".*/((patch_)?bias|scale|value)", "other"),
 )
 
 
@@ -76,9 +81,10 @@ def decay_rate(name: str, config: OptimizerConfig) -> float:
 def make_schedule(
   config: OptimizerConfig, num_steps: int
 ) -> Callable[[jax.Array], jax.Array]:
-  """Learning rate after t updates: linear from 0, then to 0.
+  """Learning rate after t updates: linear from 0, then down to `f` of it.
 
-  base * t / w for t < w, then base * (s - t) / (s - w), or its cosine.
+  base * t / w for t < w, then base * (f + (1 - f) u), where u is
+  (s - t) / (s - w) or its cosine and f is `config.final_fraction`.
   """
   warmup = round(config.warmup_fraction * num_steps)
 
@@ -88,6 +94,7 @@ def make_schedule(
     left = jnp.clip((num_steps - step) / max(num_steps - warmup, 1), 0.0, 1.0)
     if config.schedule == "cosine":
       left = 0.5 * (1.0 - jnp.cos(jnp.pi * left))
+    left = config.final_fraction + (1.0 - config.final_fraction) * left
     return config.learning_rate * jnp.where(step < warmup, rising, left)
 
   return schedule

@@ -198,6 +198,7 @@ def test_masks_of_a_batch_have_exact_counts(config, tokenizer):
   )
 
 
+GLSCL = config_lib.SYSTEM_OBJECTIVES["glscl"]
 NO_OBJECTIVE = dict.fromkeys(config_lib.OBJECTIVES, 0.0)
 
 
@@ -226,13 +227,11 @@ def test_only_masks_that_an_objective_reads_are_made(
 
 
 @pytest.mark.parametrize("targets", ["partner_masked", "clean"])
-@pytest.mark.parametrize("objective", [*config_lib.OBJECTIVES, "all"])
+@pytest.mark.parametrize("objective", [*GLSCL, "all"])
 def test_the_masks_made_are_those_of_the_versions_that_the_system_encodes(
   config, objective, targets
 ):
-  weights = {
-    name: float(objective in (name, "all")) for name in config_lib.OBJECTIVES
-  }
+  weights = {name: float(objective in (name, "all")) for name in GLSCL}
   config = change(config, "objectives", completion_targets=targets, **weights)
   plan = glscl.make_plan(config.objectives)
   masks = {"drop": "keep", "token": "token", "mlm": "mlm", "scl": "scl"}
@@ -240,6 +239,51 @@ def test_the_masks_made_are_those_of_the_versions_that_the_system_encodes(
   assert pipeline.mask_kinds(config) == {
     masks[name] for name in versions & masks.keys()
   }
+
+
+def with_maskvlm(config, *names, **data):
+  """The same data for MaskVLM: 16 px, patches of 4, blocks of 8 px."""
+  model = dataclasses.replace(config.model, match_features="product")
+  return dataclasses.replace(
+    config,
+    system="maskvlm",
+    model=model,
+    masking=config_lib.MaskingConfig(image_block_size=8),
+    objectives=config_lib.ObjectiveConfig(
+      neg_group=4, **(NO_OBJECTIVE | dict.fromkeys(names, 1.0))
+    ),
+    data=dataclasses.replace(config.data, **data),
+  )
+
+
+@pytest.mark.parametrize(
+  ("objective", "prefixes"),
+  [("mlm", {"mlm"}), ("mim", {"block"}), ("itc", set()), ("itm", set())],
+)
+def test_only_masks_that_an_objective_of_maskvlm_reads_are_made(
+  config, tokenizer, objective, prefixes
+):
+  (batch,), _ = take(with_maskvlm(config, objective), tokenizer, 1)
+  assert {name.split("_")[0] for name in batch} == prefixes | {
+    "identity",
+    "image",
+    "text",
+  }
+
+
+def test_hidden_blocks_are_keyed_by_the_pair(config, tokenizer):
+  config = with_maskvlm(config, "mim", "mlm")
+  (batch,), _ = take(config, tokenizer, 1)
+  # Three of four blocks of 2 x 2 patches.
+  assert batch["block_idx_BI"].shape == (8, 12)
+  assert batch["block_idx_BI"].dtype == np.int32
+  assert len({row.tobytes() for row in batch["block_idx_BI"]}) > 1
+  alone, _ = take(with_maskvlm(config, "mim"), tokenizer, 1)
+  blocks, _ = take(config, tokenizer, 2, process_index=1, process_count=2)
+  np.testing.assert_array_equal(alone[0]["block_idx_BI"], batch["block_idx_BI"])
+  np.testing.assert_array_equal(
+    blocks[0]["block_idx_BI"], batch["block_idx_BI"][4:]
+  )
 
 
 def test_switching_an_objective_off_leaves_all_other_arrays(config, tokenizer):

@@ -50,6 +50,16 @@ SMALL_DATA = random_pairs.config(
 )
 
 
+MASKVLM = random_pairs.maskvlm(
+  depth=2,
+  width=WIDTH,
+  dropout=0.1,
+  batch_size=BATCH,
+  objectives={"neg_group": GROUP},
+  optimizer={"learning_rate": 1e-3, "eps": 1e-2, "warmup_fraction": 0.0},
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
   """Some steps on one mesh."""
@@ -163,6 +173,17 @@ def test_the_choices_for_little_data_run_the_same_on_every_mesh():
     flat(found.state.params)[stem], flat(one.state.params)[stem], atol=1e-5
   )
   assert np.abs(flat(one.state.params)[stem]).max() > 1e-4
+
+
+def test_maskvlm_runs_the_same_on_every_mesh():
+  one = train(ONE, MASKVLM, num_steps=1)
+  found = train((2, 2, 2), MASKVLM, num_steps=1)
+  assert found.metrics[0] == pytest.approx(one.metrics[0], rel=1e-5, abs=1e-5)
+  assert len(one.gradients) == len(jax.tree.leaves(one.state.params))
+  assert_trees_close(found.gradients, one.gradients, atol=1e-5)
+  assert_trees_close(
+    flat(found.state.params), flat(one.state.params), atol=1e-5
+  )
 
 
 def test_three_steps_move_the_parameters_by_much_more_than_the_tolerance():

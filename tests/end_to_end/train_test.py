@@ -159,7 +159,8 @@ def test_init_from_another_work_dir_is_loaded_and_reported(trained, tmp_path):
 def test_a_dry_run_shows_all_and_touches_nothing(project, tmp_path):
   workdir = tmp_path / "work"
   objectives = [
-    f"--config.objectives.{name}=1.0" for name in config_lib.OBJECTIVES
+    f"--config.objectives.{name}=1.0"
+    for name in config_lib.SYSTEM_OBJECTIVES["glscl"]
   ]
   result = project.run(workdir, "--dry_run", *objectives)
   assert result.code == 0, result.err

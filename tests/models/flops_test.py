@@ -63,3 +63,12 @@ def test_some_rows_cost_less_than_all_and_more_than_their_share():
   whole = flops.cross_block(50, 50, 325, 768)
   some = flops.cross_block(7, 50, 325, 768)
   assert whole * 7 / 50 < some < whole
+
+
+def test_each_kind_of_joint_projection_costs_its_matrices():
+  linear = 2 * 8 * 3
+  found = {
+    kind: flops.joint_projection(kind, 8, 3)
+    for kind in ("mlp", "linear", "none")
+  }
+  assert found == {"mlp": 2 * 8 * 8 + linear, "linear": linear, "none": 0}

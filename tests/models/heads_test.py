@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from glscl_jax.models import heads, products
+from tests import random_pairs
 
 
 def init(module, x):
@@ -33,11 +34,34 @@ def test_projection_is_linear_norm_gelu_linear():
   )
 
 
+def test_a_linear_projection_is_one_matrix_and_bias():
+  config = random_pairs.maskvlm().model
+  module = heads.make_projection(config)
+  x_BD = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+  params = init(module, x_BD)
+  assert set(params) == {"kernel", "bias"}
+  assert params["kernel"].shape == (64, config.joint_width)
+  np.testing.assert_allclose(
+    module.apply({"params": params}, x_BD),
+    x_BD @ params["kernel"] + params["bias"][None],
+    atol=1e-5,
+  )
+
+
+def test_the_pixel_head_gives_the_values_of_a_patch():
+  module = heads.make_pixel_head(random_pairs.maskvlm().model)
+  x_BJD = np.ones((2, 5, 64), np.float32)
+  params = init(module, x_BJD)
+  # 8 x 8 pixels of three colours.
+  assert params["fc"]["kernel"].shape == (64, 192)
+  assert module.apply({"params": params}, x_BJD).shape == (2, 5, 192)
+
+
 @pytest.mark.parametrize(
   ("module", "shape", "out_shape"),
   [
     (heads.VocabularyHead(100, "bfloat16", 0.02), (2, 5, 64), (2, 5, 100)),
-    (heads.MatchHead("bfloat16", 0.02), (2, 128), (2, 2)),
+    (heads.LinearHead(2, "bfloat16", 0.02), (2, 128), (2, 2)),
     (heads.JointProjection(32, "bfloat16"), (2, 64), (2, 32)),
   ],
   ids=["vocabulary", "match", "projection"],

@@ -40,11 +40,23 @@ def test_patches_are_row_major_and_values_are_row_column_channel():
 
 
 def test_patchify_can_be_undone():
-  rng = np.random.default_rng(0)
-  image_BYXC = rng.normal(size=(1, 8, 8, 3))
-  grid = vision.patchify(image_BYXC, 4).reshape(1, 2, 2, 4, 4, 3)
-  back = grid.transpose(0, 1, 3, 2, 4, 5).reshape(1, 8, 8, 3)
-  np.testing.assert_array_equal(back, image_BYXC)
+  # Every value differs: rows, columns and channels cannot be mixed up.
+  image_BYXC = np.arange(2 * 12 * 12 * 3).reshape(2, 12, 12, 3)
+  patches_BIP = vision.patchify(image_BYXC, 4)
+  np.testing.assert_array_equal(vision.unpatchify(patches_BIP, 4), image_BYXC)
+  np.testing.assert_array_equal(
+    vision.patchify(vision.unpatchify(patches_BIP, 4), 4), patches_BIP
+  )
+
+
+def test_one_patch_lands_at_its_place():
+  patches_BIP = np.zeros((1, 9, 12))
+  patches_BIP[0, 5] = np.arange(12) + 1
+  image_YXC = vision.unpatchify(patches_BIP, 2)[0]
+  np.testing.assert_array_equal(
+    image_YXC[2:4, 4:6], np.arange(12).reshape(2, 2, 3) + 1
+  )
+  assert np.count_nonzero(image_YXC) == 12
 
 
 def test_each_patch_is_embedded_alone(encoder):
@@ -158,3 +170,38 @@ def test_the_class_state_can_be_the_mean_of_the_other_states(encoder, x_BID):
   np.testing.assert_allclose(
     mean_BLD[:, 0], states_BLD[:, 1:].mean(axis=1), rtol=1e-5, atol=1e-6
   )
+
+
+def test_the_vit_of_imagenet_has_a_patch_bias_and_no_norm_before_the_blocks(
+  key,
+):
+  config = random_pairs.maskvlm(depth=2)
+  module = vision.VisionEncoder(config.model)
+  image_BYXC = jax.random.normal(key, (2, 32, 32, 3))
+  params = jax.jit(module.init)(key, image_BYXC)["params"]
+  assert "ln_pre" not in params and "ln_post" in params
+  assert not np.any(np.asarray(params["patch_bias"]))
+  moved = params | {"patch_bias": jnp.full((WIDTH,), 0.5)}
+  for name, tree in {"before": params, "after": moved}.items():
+    x_BID = module.bind({"params": tree}).embed(image_BYXC)
+    flat_BIP = vision.patchify(image_BYXC, 8)
+    expected = flat_BIP @ np.asarray(params["patch_kernel"])
+    shift = 0.5 if name == "after" else 0.0
+    np.testing.assert_allclose(x_BID, expected + shift, atol=1e-5)
+
+
+def test_truncated_initial_values_stay_within_two_deviations(key):
+  config = random_pairs.maskvlm(depth=2)
+  module = vision.VisionEncoder(config.model)
+  params = jax.jit(module.init)(key, jnp.zeros((1, 32, 32, 3)))["params"]
+  block = params["blocks"]["layers"]
+  for values in (
+    params["patch_kernel"],
+    params["position_embedding"],
+    block["attention"]["query"]["kernel"],
+    block["attention"]["out"]["kernel"],
+    block["mlp"]["fc1"]["kernel"],
+  ):
+    assert np.abs(values).max() <= 0.04
+    # Cut at two deviations, .88 of the deviation is left.
+    assert np.std(values) == pytest.approx(0.0176, rel=0.1)

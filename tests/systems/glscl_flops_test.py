@@ -48,7 +48,8 @@ def published_forward(config: config_lib.Config) -> flops.Forward:
   return flops.Forward(
     image=float(
       sum(
-        glscl_flops.embedding(config) + glscl_flops.image_encoding(config, n)
+        model_flops.embedding(config.model.vision)
+        + glscl_flops.image_encoding(config, n)
         for n in encoded
       )
     ),
@@ -186,7 +187,8 @@ def test_false_images_of_the_data_set_cost_half_an_encoding():
   )
   extra = glscl_flops.forward(from_data).image - glscl_flops.forward(BASE).image
   assert extra == 0.5 * (
-    glscl_flops.embedding(BASE) + glscl_flops.image_encoding(BASE, 325)
+    model_flops.embedding(BASE.model.vision)
+    + glscl_flops.image_encoding(BASE, 325)
   )
 
 
@@ -195,7 +197,7 @@ def test_without_local_completion_the_token_pass_is_gone():
   full = glscl_flops.image_encoding(BASE, 325)
   assert glscl_flops.forward(BASE).image - ours.image == full
   assert published_forward(BASE).image - published.image == (
-    full + glscl_flops.embedding(BASE)
+    full + model_flops.embedding(BASE.model.vision)
   )
   assert published.text == 5 * glscl_flops.text_encoding(BASE)
 

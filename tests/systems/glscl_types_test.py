@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from glscl_jax.models import products
-from glscl_jax.systems import glscl
+from glscl_jax.systems import glscl, inputs
 from tests import random_pairs
 
 HARD = {"itm_negatives": "hard", "same_image": "ignore"}
@@ -39,7 +39,7 @@ def test_loss_and_gradients_run_under_strict_promotion(
   with jax.numpy_dtype_promotion("strict"):
     params = jax.eval_shape(lambda: glscl.init(config, key))
     gradients, metrics = jax.eval_shape(
-      jax.grad(loss, has_aux=True), params, glscl.example_batch(config)
+      jax.grad(loss, has_aux=True), params, inputs.example_batch(config)
     )
   for leaf in jax.tree.leaves((gradients, metrics)):
     assert leaf.dtype == jnp.float32

@@ -1,6 +1,5 @@
 """What training does, kept as files: a refactoring leaves them as they are."""
 
-import functools
 import json
 import os
 import pathlib
@@ -11,7 +10,6 @@ import pytest
 from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.config import MeshConfig
-from glscl_jax.systems import glscl
 from glscl_jax.train import optimizer
 from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib
@@ -34,9 +32,7 @@ def test_the_parameters_of_a_recipe(recipe, check_golden):
   """Name, shape, spec on (2, 2, 2), learning rate factor, decay, optimizer."""
   config = config_lib.from_config_dict(recipes.load(recipe))
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-  params = jax.eval_shape(
-    functools.partial(glscl.init, config), jax.random.key(0)
-  )
+  params = random_pairs.abstract_params(config)
   lines = []
 
   def note(name, leaf):
@@ -58,6 +54,14 @@ def test_the_parameters_of_a_recipe(recipe, check_golden):
 STEPS = {
   "glscl": random_pairs.config(
     optimizer={"learning_rate": 1e-3, "warmup_fraction": 0.0}
+  ),
+  "maskvlm": random_pairs.maskvlm(
+    optimizer={
+      "learning_rate": 1e-3,
+      "warmup_fraction": 0.0,
+      "fusion_multiplier": 1.0,
+      "head_multiplier": 1.0,
+    }
   ),
   "small_data": random_pairs.config(
     optimizer={

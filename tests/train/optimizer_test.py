@@ -37,6 +37,13 @@ KINDS = {
   "mlm_head/fc2/kernel": (5, True, True),
   "match_head/fc/bias": (5, False, False),
   "temperature/value": (1, False, True),
+  "vision/patch_bias": (1, False, False),
+  "text_cross/stack/layers/self_attention/query/kernel": (5, True, True),
+  "image_cross/last/norm3/scale": (5, False, False),
+  "decoder/last/mlp/fc1/bias": (5, False, False),
+  "image_projection/kernel": (5, True, True),
+  "text_projection/bias": (5, False, False),
+  "pixel_head/fc/kernel": (5, True, True),
 }
 
 
@@ -69,6 +76,21 @@ def test_cosine_schedule(step, expected):
   )
   schedule = optimizer.make_schedule(config, 100)
   assert float(schedule(step)) == pytest.approx(2.0 * expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(
+  ("step", "expected"), [(0, 0.0), (10, 1.0), (55, 0.55), (100, 0.1)]
+)
+def test_the_decay_ends_at_a_share_of_the_peak(schedule, step, expected):
+  config = OptimizerConfig(
+    learning_rate=2.0,
+    warmup_fraction=0.1,
+    schedule=schedule,
+    final_fraction=0.1,
+  )
+  found = optimizer.make_schedule(config, 100)(step)
+  assert float(found) == pytest.approx(2.0 * expected, abs=1e-6)
 
 
 def test_without_warm_up_the_first_step_has_the_full_rate():

@@ -1,0 +1,84 @@
+"""Cross-attention stacks: one modality asks, the other answers (MaskVLM).
+
+The queries pass `depth` post_cross blocks; the context is the other encoder's
+output, the same for all blocks. g_image, g_text and the pixel decoder are such
+stacks.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+
+from glscl_jax.config import ModelConfig
+from glscl_jax.models import layers, transformer
+
+
+class CrossStack(nn.Module):
+  """`depth` blocks of self-attention, cross-attention and MLP.
+
+  The last block stands apart from the stack, because losses read few of its
+  rows: it can be asked for just those.
+  """
+
+  config: ModelConfig
+  depth: int
+
+  def setup(self):
+    fusion = self.config.fusion
+    make_block = functools.partial(
+      transformer.PostCrossBlock,
+      fusion.width,
+      self.config.compute_dtype,
+      fusion.norm_eps,
+      fusion.dropout,
+      self.config.init_std,
+    )
+    if self.depth > 1:
+      self.stack = transformer.Stack(
+        functools.partial(make_block, parent=None),
+        self.depth - 1,
+        self.config.scan,
+        self.config.remat,
+      )
+    self.last = make_block()
+
+  def body(
+    self,
+    x_BLD: jax.Array,
+    context_BMD: jax.Array,
+    valid_BL: jax.Array | None,
+    context_valid_BM: jax.Array | None,
+  ) -> jax.Array:
+    """All blocks but the last."""
+    if self.depth == 1:
+      return x_BLD
+    return self.stack(x_BLD, context_BMD, valid_BL, context_valid_BM)
+
+  def head(
+    self,
+    x_BLD: jax.Array,
+    context_BMD: jax.Array,
+    valid_BL: jax.Array | None,
+    context_valid_BM: jax.Array | None,
+    rows_BQ: jax.Array | None = None,
+  ) -> jax.Array:
+    """The last block on the states of `body`, for all rows or some."""
+    states = x_BLD, context_BMD, valid_BL, context_valid_BM
+    if self.config.fusion.restrict_last_layer or rows_BQ is None:
+      return self.last(*states, rows_BQ)
+    return layers.take_rows(self.last(*states), rows_BQ)
+
+  def attention(
+    self,
+    x_BLD: jax.Array,
+    context_BMD: jax.Array,
+    valid_BL: jax.Array | None,
+    context_valid_BM: jax.Array | None,
+  ) -> jax.Array:
+    """Cross-attention of the last block on the states of `body`, (B,H,L,M)."""
+    return self.last.cross_probabilities(
+      x_BLD, context_BMD, valid_BL, context_valid_BM
+    )
