@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 ARGUMENTS = {
   "glscl_base": ("ablation",),
+  "maskvlm_base": ("ablation",),
   "scl_base": ("ablation",),
   "quickstart": ("towers",),
 }

@@ -114,6 +114,8 @@ def test_a_recipe_that_is_not_there_is_named(project, tmp_path):
     ("glscl_base.py:abblation", "the recipes are ablation and main"),
     ("scl_base.py:x", "the recipes are ablation and main"),
     ("quickstart.py:x", "the stages are towers and glscl"),
+    ("maskvlm_base.py:x", "the recipes are main and ablation"),
+    ("maskvlm_tiny.py:x", "this recipe takes no argument"),
     ("tiny.py:x", "this recipe takes no argument"),
   ],
 )
