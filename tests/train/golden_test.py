@@ -23,7 +23,13 @@ DISTINCT = [
   recipe
   for recipe in recipes.RECIPES
   if recipes.golden_name(recipe)
-  in ("glscl_base", "scl_base", "quickstart", "quickstart_towers")
+  in (
+    "glscl_base",
+    "maskvlm_base",
+    "quickstart",
+    "quickstart_towers",
+    "scl_base",
+  )
 ]
 
 
