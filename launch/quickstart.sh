@@ -52,7 +52,7 @@ install:install:1
 data:data:1
 towers:training:15
 glscl:training:6
-evaluate:evaluation:2
+evaluate:evaluation:3
 export:report:1
 report:report:1
 "
