@@ -175,7 +175,7 @@ def test_the_choices_for_little_data_run_the_same_on_every_mesh():
   assert np.abs(flat(one.state.params)[stem]).max() > 1e-4
 
 
-def test_maskvlm_runs_the_same_on_every_mesh():
+def test_maskvlm_runs_the_same_on_a_mesh_of_all_axes():
   one = train(ONE, MASKVLM, num_steps=1)
   found = train((2, 2, 2), MASKVLM, num_steps=1)
   assert found.metrics[0] == pytest.approx(one.metrics[0], rel=1e-5, abs=1e-5)
