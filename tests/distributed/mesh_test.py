@@ -51,7 +51,6 @@ SMALL_DATA = random_pairs.config(
 
 
 MASKVLM = random_pairs.maskvlm(
-  depth=2,
   width=WIDTH,
   dropout=0.1,
   batch_size=BATCH,
