@@ -67,7 +67,7 @@ class Encoded:
 def encode_images(
   model: MaskVLM, batch: Batch, versions: tuple[str, ...], config: Config
 ) -> dict[str, jax.Array]:
-  """V = f_i(I) and v_m = f_i(I, hidden patches replaced), in one call."""
+  """States v = f_i(I) and v_m = f_i(I, patches replaced), in one call."""
   num_patches = config.model.vision.num_patches
   visible = {"full": None}
   if "block" in versions:
@@ -90,7 +90,7 @@ def encode_images(
 def encode_texts(
   model: MaskVLM, batch: Batch, versions: tuple[str, ...]
 ) -> dict[str, jax.Array]:
-  """W = f_t(T) and w_m = f_t(T masked), in one call.
+  """States w = f_t(T) and w_m = f_t(T masked), in one call.
 
   Masked words are valid: which words are masked is no matter of validity.
   """

@@ -258,9 +258,10 @@ def encode(
     params, retrieval_set, programs, config, **settings
   )
   for view in range(1, views):
-    image_AE += _encode_view(
-      params, retrieval_set, programs, config, view=view, **settings
-    )
+    again = settings | {"keep_tokens": False}
+    image_AE += _encode_images(
+      params, retrieval_set, programs, config, view=view, **again
+    )[1]
   if views > 1:
     image_AE /= np.linalg.norm(image_AE, axis=1, keepdims=True)
   kept = retrieval_sets.keep_images(retrieval_set, ok_A, bad)
@@ -296,8 +297,10 @@ def _encode_images(
   batch_size: int,
   keep_tokens: bool,
   tell: OnProgress,
+  view: int = 0,
 ) -> tuple[list[jax.Array], np.ndarray, np.ndarray, tuple[str, ...]]:
   """Token batches, (A, E) vectors, (A,) decodable, and the bad ones."""
+  stage = f"view {view}" if view else "images"
   tokens, vectors, ok, bad = [], [], [], []
   total = retrieval_set.num_images
   for batch in retrieval_sets.image_batches(
@@ -305,6 +308,8 @@ def _encode_images(
     batch_size=batch_size,
     image_size=config.model.vision.image_size,
     num_threads=config.data.num_threads,
+    view=view,
+    augment=view_augment(config),
   ):
     y, vector = programs.encode_images(
       params, programs.place(batch.image_BYXC), keep=keep_tokens
@@ -315,7 +320,7 @@ def _encode_images(
     vectors[-2:-1] = [np.asarray(done, np.float32) for done in vectors[-2:-1]]
     ok.append(batch.ok_B)
     bad.extend(batch.bad)
-    tell("images", min(batch.start + batch_size, total), total)
+    tell(stage, min(batch.start + batch_size, total), total)
   return (
     tokens,
     np.concatenate([np.asarray(v, np.float32) for v in vectors])[:total],
@@ -334,37 +339,6 @@ def view_augment(config: config_lib.Config) -> config_lib.AugmentConfig:
     randaugment_ops=0,
     hflip="off",
   )
-
-
-def _encode_view(
-  params: Params,
-  retrieval_set: retrieval_sets.RetrievalSet,
-  programs: _Programs,
-  config: config_lib.Config,
-  *,
-  view: int,
-  batch_size: int,
-  keep_tokens: bool,
-  tell: OnProgress,
-) -> np.ndarray:
-  """(A, E) vectors of one random view of each image."""
-  del keep_tokens
-  vectors = []
-  total = retrieval_set.num_images
-  for batch in retrieval_sets.image_batches(
-    retrieval_set,
-    batch_size=batch_size,
-    image_size=config.model.vision.image_size,
-    num_threads=config.data.num_threads,
-    view=view,
-    augment=view_augment(config),
-  ):
-    _, vector = programs.encode_images(
-      params, programs.place(batch.image_BYXC), keep=False
-    )
-    vectors.append(np.asarray(vector, np.float32))
-    tell(f"view {view}", min(batch.start + batch_size, total), total)
-  return np.concatenate(vectors)[:total]
 
 
 def _encode_texts(
