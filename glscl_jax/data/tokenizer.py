@@ -22,11 +22,11 @@ from sentencepiece import sentencepiece_model_pb2
 
 from glscl_jax import errors
 from glscl_jax.config import Config, ConfigError
-from glscl_jax.data import word_rules
+from glscl_jax.data import compounds, word_rules
 
 MASK = "<mask>"
-# unigram: any text is spelled in pieces. word: a piece a word; every word that
-# was not in the training texts is the unknown piece.
+# unigram: any text is spelled in pieces. word: a piece a word; a word that was
+# not in the training texts is the words that spell it, else the unknown piece.
 MODEL_TYPES = ("unigram", "word")
 _WORD_START = "\u2581"  # sentencepiece's mark of a space
 
@@ -129,9 +129,11 @@ class _SentencePiece(Tokenizer):
       raise TokenizerError(
         f"{self._name}: not a sentencepiece model: {error}"
       ) from error
+    self._words = _words(self._proto)
 
   def __getstate__(self) -> dict[str, Any]:
-    return {k: v for k, v in self.__dict__.items() if k != "_model"}
+    made = ("_model", "_words")
+    return {k: v for k, v in self.__dict__.items() if k not in made}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
@@ -147,9 +149,40 @@ class _SentencePiece(Tokenizer):
     ids = self._model.encode(text)
     # As written, not as in the table: the unknown piece has no word mark there.
     written = self._model.encode(text, out_type=str)
+    if self._words:
+      return self._split_words(ids, written)
     starts = [piece.startswith(_WORD_START) for piece in written]
     starts[:1] = [True] * len(starts[:1])
     return ids, [int(n) - 1 for n in np.cumsum(starts)]
+
+  def _split_words(
+    self, ids: list[int], written: list[str]
+  ) -> tuple[list[int], list[int]]:
+    """The library's ids of words, its unknown ones taken apart."""
+    found = []
+    for piece_id, piece in zip(ids, written, strict=True):
+      if piece_id != self.unknown_id:
+        found.append([piece_id])
+        continue
+      # It makes one piece of neighbours that are unknown.
+      for word in piece.removeprefix(_WORD_START).split(_WORD_START):
+        spelled = compounds.parts(word, self._words)
+        found.append([self._words[part] for part in spelled] or [piece_id])
+    numbers = [n for n, word in enumerate(found) for _ in word]
+    return [i for word in found for i in word], numbers
+
+
+def _words(proto: bytes) -> dict[str, int]:
+  """Ids of the words of a word model; nothing for another type of model."""
+  model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+  if model.trainer_spec.model_type != model.trainer_spec.WORD:
+    return {}
+  pieces = ((piece.piece, i) for i, piece in enumerate(model.pieces))
+  return {
+    piece.removeprefix(_WORD_START): i
+    for piece, i in pieces
+    if piece.startswith(_WORD_START)
+  }
 
 
 class _HuggingFace(Tokenizer):

@@ -244,16 +244,40 @@ def test_a_word_model_sets_words_and_marks_apart(word_model, text, expected):
   assert not tokens.unknown
 
 
-def test_unknown_words_are_one_piece_and_a_word_of_their_own(word_model):
-  # "man" and "hat" are no parts of them; neighbours become one.
-  tokens = word_model.encode("red mantelpiece hatman heart", 12)
-  assert word_model.pieces(tokens.ids_T[1:4]) == [
+def test_an_unknown_word_is_the_words_that_spell_it(word_model):
+  tokens = word_model.encode("redheart loves MANHATCARE", 12)
+  assert word_model.pieces(tokens.ids_T[1:7]) == [
     "\u2581red",
+    "\u2581heart",
+    "<unk>",  # "love" is a part of it, and "s" no word
+    "\u2581man",
+    "\u2581hat",
+    "\u2581care",
+  ]
+  # Two words of one number are parts of one word of the text.
+  np.testing.assert_array_equal(tokens.word_T[:8], [-1, 0, 0, 1, 2, 2, 2, -1])
+  assert tokens.unknown
+  assert not word_model.encode("redheart", 12).unknown
+
+
+def test_words_that_nothing_spells_are_a_piece_each(word_model):
+  tokens = word_model.encode("red mantelpiece zebra heart", 12)
+  assert word_model.pieces(tokens.ids_T[1:5]) == [
+    "\u2581red",
+    "<unk>",
     "<unk>",
     "\u2581heart",
   ]
-  np.testing.assert_array_equal(tokens.word_T[:5], [-1, 0, 1, 2, -1])
+  np.testing.assert_array_equal(tokens.word_T[:6], [-1, 0, 1, 2, 3, -1])
   assert tokens.unknown
+
+
+def test_a_pickled_word_model_takes_the_same_words_apart(word_model):
+  copy = pickle.loads(pickle.dumps(word_model))
+  for text in ("redheart", "zebra manhat", "care"):
+    np.testing.assert_array_equal(
+      copy.encode(text, 9).ids_T, word_model.encode(text, 9).ids_T
+    )
 
 
 def test_a_word_model_holds_each_word_once(word_model):

@@ -1,0 +1,27 @@
+"""Words that other words spell: paintbrush is paint and brush."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+MIN_LETTERS = 3  # of a part: below, "as", "in" and "at" are found in any word
+
+
+def parts(word: str, known: Container[str]) -> tuple[str, ...]:
+  """The fewest known words that spell `word` without a rest.
+
+  Among equally few, the last one is as long as can be.
+
+  Returns:
+    Nothing where no known words do: a part of a word says little of its
+    meaning ("man" in "mantelpiece").
+  """
+  spelled: list[tuple[str, ...] | None] = [()]  # [n]: of the first n letters
+  for end in range(1, len(word) + 1):
+    options = [
+      (*before, word[start:end])
+      for start, before in enumerate(spelled[: max(0, end + 1 - MIN_LETTERS)])
+      if before is not None and word[start:end] in known
+    ]
+    spelled.append(min(options, key=len, default=None))
+  return spelled[-1] or ()
