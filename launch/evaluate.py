@@ -90,13 +90,20 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   flags.DEFINE_string(
     "querybank",
     "train",
-    "querybank: split whose queries tell which candidates are hubs.",
+    "querybank, querybank_conse: split whose queries tell which candidates are "
+    "hubs, and whose pairs vectors are moved towards.",
     flag_values=values,
   )
   flags.DEFINE_float(
     "querybank_temperature",
     retrieval.Protocol.querybank_temperature,
-    "querybank: temperature, in units of the cosine.",
+    "querybank, querybank_conse: temperature, in units of the cosine.",
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    "conse_temperature",
+    retrieval.Protocol.conse_temperature,
+    "querybank_conse: temperature of what vectors are moved towards.",
     flag_values=values,
   )
   flags.DEFINE_integer(
@@ -288,7 +295,7 @@ def evaluate(
     "parentheses what a random order gives",
     flush=True,
   )
-  banks = {p.querybank for p in protocols if p.rerank == "querybank"}
+  banks = {p.querybank for p in protocols if p.asks_bank}
   bank_of = {
     split: encode(
       retrieval_set.read(data_dir, split, captions=captions),
@@ -321,9 +328,7 @@ def evaluate(
         encodings,
         protocol=protocol,
         fused=fused[count] if protocol.fuses else None,
-        bank=bank_of[protocol.querybank]
-        if protocol.rerank == "querybank"
-        else None,
+        bank=bank_of[protocol.querybank] if protocol.asks_bank else None,
       )
       result = retrieval.report(encodings, rankings, protocol=protocol)
       result["lineage"] = results.make_lineage(
@@ -356,6 +361,7 @@ def _run(values: flags.FlagValues) -> int:
       rerank=rerank,
       querybank=values.querybank,
       querybank_temperature=values.querybank_temperature,
+      conse_temperature=values.conse_temperature,
       rerank_k=values.rerank_k,
       itc_weight=values.itc_weight,
       captions=values.captions,
@@ -369,7 +375,7 @@ def _run(values: flags.FlagValues) -> int:
   model = weights_lib.open_weights(workdir, step=values.step)
   print(f"{workdir}: step {model.step}", flush=True)
   data_dir = model.data_dir(values.data)
-  if "querybank" in values.rerank:
+  if any(protocol.asks_bank for protocol in protocols):
     check_querybank(data_dir, values.querybank)
   evaluate(
     model,

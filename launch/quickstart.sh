@@ -96,7 +96,7 @@ train() {
 stage_evaluate() {
   make_once "$work/eval/retrieval" -- \
     "$python" launch/evaluate.py --workdir="$work" --task=retrieval \
-    --rerank=none,querybank,itm_plus_itc --rerank_k=32 --views=9
+    --rerank=none,querybank_conse,itm_plus_itc --rerank_k=32 --views=9
 }
 
 stage_export() {

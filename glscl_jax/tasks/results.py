@@ -157,6 +157,8 @@ def protocol_label(protocol: Mapping[str, Any]) -> str:
     label = "dual encoder (cosine)"
   elif kind == "querybank":
     label = f"dual encoder, querybank {protocol['querybank']}"
+  elif kind == "querybank_conse":
+    label = f"dual encoder, querybank and ConSE {protocol['querybank']}"
   elif kind == "full":
     label = "fusion (ITM) on all pairs"
   else:
@@ -175,6 +177,8 @@ def protocol_key(protocol: Mapping[str, Any]) -> str:
     parts.append(
       f"{protocol['querybank']}_t{protocol['querybank_temperature']:g}"
     )
+  if "conse_temperature" in protocol:
+    parts.append(f"c{protocol['conse_temperature']:g}")
   if "rerank_k" in protocol:
     parts.append(f"k{protocol['rerank_k']}")
   if "itc_weight" in protocol:

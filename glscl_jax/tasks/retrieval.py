@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +33,13 @@ from glscl_jax import errors, sharding
 from glscl_jax.data import retrieval_set as retrieval_sets
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.systems import registry
-from glscl_jax.tasks import querybank, ranking
+from glscl_jax.tasks import conse, querybank, ranking
 from glscl_jax.types import Params
 
-Rerank = Literal["none", "querybank", "itm", "itm_plus_itc", "full"]
-RERANKS = ("none", "querybank", "itm", "itm_plus_itc", "full")
+Rerank = Literal[
+  "none", "querybank", "querybank_conse", "itm", "itm_plus_itc", "full"
+]
+RERANKS = get_args(Rerank)
 DIRECTIONS = ("i2t", "t2i")
 DEFAULT_RERANK_K = 128
 SHOWN = 10  # best candidates kept for predictions
@@ -56,6 +58,7 @@ class Protocol:
   rerank: Rerank = "none"
   querybank: str = "train"  # split whose queries are the bank
   querybank_temperature: float = 0.1  # in cosines; .05 in the paper [choice]
+  conse_temperature: float = 0.03  # in cosines; near what ITC learns [choice]
   rerank_k: int = DEFAULT_RERANK_K  # candidates a query of itm, itm_plus_itc
   itc_weight: float = 1.0  # itm_plus_itc only
   captions: retrieval_sets.CaptionChoice = "first"
@@ -68,16 +71,21 @@ class Protocol:
       raise RetrievalError(f"rerank_k must be positive, is {self.rerank_k}")
     if self.views < 1:
       raise RetrievalError(f"views must be positive, is {self.views}")
-    if not self.querybank_temperature > 0:
-      raise RetrievalError(
-        "querybank_temperature must be positive, is "
-        f"{self.querybank_temperature}"
-      )
+    for name in ("querybank_temperature", "conse_temperature"):
+      if not getattr(self, name) > 0:
+        raise RetrievalError(
+          f"{name} must be positive, is {getattr(self, name)}"
+        )
 
   @property
   def fuses(self) -> bool:
     """Whether the fusion layers score pairs."""
-    return self.rerank not in ("none", "querybank")
+    return self.rerank != "none" and not self.asks_bank
+
+  @property
+  def asks_bank(self) -> bool:
+    """Whether the vectors of the split `querybank` take part."""
+    return self.rerank in ("querybank", "querybank_conse")
 
   @property
   def candidates(self) -> int | None:
@@ -87,9 +95,11 @@ class Protocol:
   def describe(self) -> dict[str, Any]:
     """What a result file says about it; only what took part."""
     facts: dict[str, Any] = {"rerank": self.rerank, "captions": self.captions}
-    if self.rerank == "querybank":
+    if self.asks_bank:
       facts["querybank"] = self.querybank
       facts["querybank_temperature"] = self.querybank_temperature
+    if self.rerank == "querybank_conse":
+      facts["conse_temperature"] = self.conse_temperature
     if self.rerank in ("itm", "itm_plus_itc"):
       facts["rerank_k"] = self.rerank_k
     if self.rerank == "itm_plus_itc":
@@ -543,12 +553,25 @@ def _scores_of_vectors(
     return cosine_UZ, cosine_UZ.T
   if bank is None or bank.retrieval_set.split != protocol.querybank:
     raise RetrievalError(f"no bank of queries for {protocol}")
+  image_UE, text_ZE = encodings.image_UE, encodings.text_ZE
+  bank_image_UE, bank_text_ZE = bank.image_UE, bank.text_ZE
+  if protocol.rerank == "querybank_conse":
+    image_UE, text_ZE, bank_image_UE, bank_text_ZE = (
+      conse.expand(x_QE, known_BE, temperature=protocol.conse_temperature)
+      for x_QE, known_BE in (
+        (image_UE, bank.text_ZE),
+        (text_ZE, bank.image_UE),
+        (bank_image_UE, bank.text_ZE),
+        (bank_text_ZE, bank.image_UE),
+      )
+    )
+    cosine_UZ = image_UE @ text_ZE.T
   normalize = functools.partial(
     querybank.normalize, temperature=protocol.querybank_temperature
   )
   return (
-    normalize(cosine_UZ, bank.image_UE, encodings.text_ZE),
-    normalize(cosine_UZ.T, bank.text_ZE, encodings.image_UE),
+    normalize(cosine_UZ, bank_image_UE, text_ZE),
+    normalize(cosine_UZ.T, bank_text_ZE, image_UE),
   )
 
 
@@ -737,7 +760,7 @@ def evaluate(
     params, read(split), keep_tokens=protocol.fuses, views=protocol.views
   )
   fused = bank = None
-  if protocol.rerank == "querybank":
+  if protocol.asks_bank:
     bank = encode_split(params, read(protocol.querybank))
   if protocol.fuses:
     fused = fuse(

@@ -66,7 +66,7 @@ def work(tmp_path_factory):
   found = run(
     evaluate_launcher,
     f"--workdir={export}",
-    "--rerank=none,querybank,itm",
+    "--rerank=none,querybank,querybank_conse,itm",
     "--rerank_k=3",
     "--views=2",
     "--batch_size=8",
@@ -110,6 +110,7 @@ def test_the_four_cells_are_the_default_and_keep_both_protocols(work):
     assert protocols.keys() == {
       "none_2views",
       "querybank_train_t0.1_2views",
+      "querybank_conse_train_t0.1_c0.03_2views",
       "itm_k3_2views",
     }
     for entry in protocols.values():
@@ -151,6 +152,7 @@ def test_the_page_shows_curves_cells_examples_and_attention(page):
     "unseen studio, unseen concepts",
     "dual encoder (cosine), 2 views",
     "dual encoder, querybank train, 2 views",
+    "dual encoder, querybank and ConSE train, 2 views",
     "re-ranked by ITM, k = 3, 2 views",
     "chance",
     "Training",
@@ -254,7 +256,7 @@ def test_export_of_an_export_carries_the_measured_metrics(work, tmp_path):
   assert found.code == 0, found.err
   manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
   measured = manifest["metrics"]["retrieval"]
-  assert len(measured) == 3 * len(CELLS)  # protocols
+  assert len(measured) == 4 * len(CELLS)  # protocols
   assert all("i2t_r1" in metrics for metrics in measured.values())
 
 

@@ -189,6 +189,32 @@ def test_a_querybank_takes_its_own_modality_and_split(model, encodings):
       retrieval.rank(encodings, protocol=asked, bank=bank)
 
 
+def test_conse_moves_queries_candidates_and_bank(model, encodings):
+  protocol = retrieval.Protocol(rerank="querybank_conse", querybank="test")
+  found = retrieval.rank(encodings, protocol=protocol, bank=encodings)
+
+  def moved(x_QE, known_BE):
+    share_QB = np.exp(x_QE @ known_BE.T / 0.03)
+    mean_QE = share_QB @ known_BE / share_QB.sum(1, keepdims=True)
+    sum_QE = x_QE + mean_QE / np.linalg.norm(mean_QE, axis=1, keepdims=True)
+    return sum_QE / np.linalg.norm(sum_QE, axis=1, keepdims=True)
+
+  image_UE = moved(encodings.image_UE, encodings.text_ZE)
+  text_ZE = moved(encodings.text_ZE, encodings.image_UE)
+  for direction, query_QE, candidate_AE in (
+    ("i2t", image_UE, text_ZE),
+    ("t2i", text_ZE, image_UE),
+  ):
+    score_QA = query_QE @ candidate_AE.T
+    score_QA -= np.log(np.exp(score_QA / 0.1).mean(0)) * 0.1
+    np.testing.assert_allclose(
+      getattr(found, direction).top_score_QJ,
+      np.sort(score_QA)[:, ::-1][:, :10],
+      atol=1e-5,
+    )
+  assert protocol.describe()["conse_temperature"] == 0.03
+
+
 def test_views_count_as_their_mean_vector(model, encodings):
   found = model.encode(views=3)
   again = model.encode(views=3)
@@ -349,5 +375,6 @@ def test_an_unknown_protocol_is_refused():
     retrieval.Protocol(rerank="best")
   with pytest.raises(retrieval.RetrievalError, match="views must be positive"):
     retrieval.Protocol(views=0)
-  with pytest.raises(retrieval.RetrievalError, match="querybank_temperature"):
-    retrieval.Protocol(rerank="querybank", querybank_temperature=0.0)
+  for name in ("querybank_temperature", "conse_temperature"):
+    with pytest.raises(retrieval.RetrievalError, match=name):
+      retrieval.Protocol(rerank="querybank", **{name: 0.0})
