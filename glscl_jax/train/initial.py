@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -137,6 +137,26 @@ def format_merge(path: str, merge: Merge) -> str:
     ("unexpected there, left out", merge.unexpected),
     ("of another shape, new here", merge.reshaped),
   ):
-    listed = f": {', '.join(names)}" if names else ""
+    branches = _branches(names, others=merge.loaded)
+    listed = f": {', '.join(branches)}" if names else ""
     lines.append(f"  {len(names)} {label}{listed}")
   return "\n".join(lines)
+
+
+def _branches(
+  names: Sequence[str], *, others: Sequence[str], root: str = ""
+) -> list[str]:
+  """`names` below `root`; a branch with none of `others` as "branch/* (5)"."""
+  inside = [name for name in names if name.startswith(root)]
+  if len(inside) == 1:
+    return inside
+  if root and not any(name.startswith(root) for name in others):
+    return [f"{root}* ({len(inside)})"]
+  found = []
+  for part in sorted({name[len(root) :].partition("/")[0] for name in inside}):
+    leaf = root + part
+    if leaf in inside:
+      found.append(leaf)
+    else:
+      found += _branches(inside, others=others, root=f"{leaf}/")
+  return found

@@ -35,6 +35,29 @@ def test_init_from_loads_what_agrees_in_name_and_shape_and_names_the_rest():
   assert "1 unexpected there, left out: c/kernel" in text
 
 
+def test_a_branch_that_is_wholly_new_is_one_entry():
+  merge = initial.Merge(
+    loaded=("text/norm/scale", "vision/patch/kernel"),
+    missing=(
+      "fusion/last/bias",
+      "fusion/last/kernel",
+      "head",
+      "text/norm/bias",
+      "vision/mask/value",
+      "vision/stem/a",
+      "vision/stem/b",
+    ),
+    unexpected=(),
+    reshaped=(),
+  )
+  assert initial.format_merge("DIR", merge).splitlines()[1:] == [
+    "  7 missing there, new here: fusion/* (2), head, text/norm/bias, "
+    "vision/mask/value, vision/stem/* (2)",
+    "  0 unexpected there, left out",
+    "  0 of another shape, new here",
+  ]
+
+
 def test_loaded_parameters_take_the_sharding_of_the_new_state():
   mesh = jax.make_mesh(
     (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
