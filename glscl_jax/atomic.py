@@ -24,15 +24,17 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
   """A path at which to make the folder that then takes `target`'s place.
 
   Its parent is there and holds nothing else: room for what is needed on the
-  way. An error, or a kill before the end, leaves `target` as it was; what a
-  killed process left beside it is cleared.
+  way. An error, or a kill before the end, leaves `target` as it was; only
+  between two renames, at the end, it is missing. What a killed process left
+  beside it is cleared.
   """
   target = target.absolute()
   target.parent.mkdir(parents=True, exist_ok=True)
-  for stale in target.parent.glob(f"{target.name}.tmp-*"):
-    if not _is_running(stale.name.rpartition("-")[2]):
-      shutil.rmtree(stale, ignore_errors=True)
   scratch = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+  for stale in target.parent.glob(f"{target.name}.tmp-*"):
+    # Numbers come again: in a container each start may be process 1.
+    if stale == scratch or not _is_running(stale.name.rpartition("-")[2]):
+      shutil.rmtree(stale, ignore_errors=True)
   scratch.mkdir()
   try:
     whole = scratch / "whole"

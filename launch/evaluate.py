@@ -40,6 +40,7 @@ EMOJI_CELLS = (
 CAPTION_LOSSES = {
   "truncated": "longer than the text encoder takes",
   "unknown": "with words that the tokenizer does not know",
+  "spelled": "with words read as known ones that spell them",
   "alike": "with the same tokens as another one",
 }
 
@@ -77,6 +78,12 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     "rerank",
     ["none"],
     f"Any of {', '.join(retrieval.RERANKS)}.",
+    flag_values=values,
+  )
+  flags.register_validator(
+    "rerank",
+    lambda asked: set(asked) <= set(retrieval.RERANKS),
+    message=f"takes any of {', '.join(retrieval.RERANKS)}",
     flag_values=values,
   )
   flags.DEFINE_integer(
@@ -264,14 +271,16 @@ def evaluate(
   *,
   data_dir: str,
   splits: list[str],
-  captions: retrieval_set.CaptionChoice,
   protocols: list[retrieval.Protocol],
-  views: int,
   output: pathlib.Path,
   batch_size: int,
   pair_batch_size: int,
 ) -> None:
-  """Measures all splits by all protocols; writes after each."""
+  """Measures all splits by all protocols; writes after each.
+
+  The protocols share captions and views: a split is encoded once.
+  """
+  ((captions, views),) = {(p.captions, p.views) for p in protocols}
   text_tokenizer = tokenizer.load(model.tokenizer_path)
   tokenizer.check_vocab(model.config, text_tokenizer)
   data = results.identify(data_dir)
@@ -295,7 +304,7 @@ def evaluate(
     "parentheses what a random order gives",
     flush=True,
   )
-  banks = {p.querybank for p in protocols if p.asks_bank}
+  banks = dict.fromkeys(p.querybank for p in protocols if p.asks_bank)
   bank_of = {
     split: encode(
       retrieval_set.read(data_dir, split, captions=captions),
@@ -381,9 +390,7 @@ def _run(values: flags.FlagValues) -> int:
     model,
     data_dir=data_dir,
     splits=choose_splits(data_dir, values.splits),
-    captions=values.captions,
     protocols=protocols,
-    views=values.views,
     output=output,
     batch_size=values.batch_size,
     pair_batch_size=values.pair_batch_size,

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from glscl_jax import atomic
@@ -21,6 +23,15 @@ def test_a_folder_is_replaced_whole(tmp_path):
         assert (target / "file").read_text() == "old"
   assert (target / "file").read_text() == "new"
   assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_cleared(tmp_path):
+  target = tmp_path / "target"
+  stale = tmp_path / f"target.tmp-{os.getpid()}"
+  (stale / "whole").mkdir(parents=True)
+  with atomic.new_folder(target) as whole:
+    whole.mkdir()
+  assert list(tmp_path.iterdir()) == [target]
 
 
 def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path):

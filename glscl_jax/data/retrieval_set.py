@@ -38,7 +38,7 @@ class RetrievalSet:
   record_U: np.ndarray  # record whose picture stands for the image
   image_names: tuple[str, ...]  # id of that record
   captions: tuple[str, ...]
-  relevant_UZ: np.ndarray  # bool; True where the caption fits the image
+  fits: np.ndarray  # (pairs, 2): an image and a caption that fits it
   bad: tuple[str, ...] = ()  # "id: reason" of each record left out
 
   @property
@@ -50,6 +50,13 @@ class RetrievalSet:
   def num_captions(self) -> int:
     """Z."""
     return len(self.captions)
+
+  @functools.cached_property
+  def relevant_UZ(self) -> np.ndarray:
+    """True where the caption fits the image; a bank of queries needs none."""
+    relevant_UZ = np.zeros((self.num_images, self.num_captions), bool)
+    relevant_UZ[tuple(self.fits.T)] = True
+    return relevant_UZ
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,15 +107,13 @@ def read(
       f"{data_dir}, split {split!r}: none of {len(source)} records has a "
       "caption"
     )
-  relevant_UZ = np.zeros((len(images), len(texts)), bool)
-  relevant_UZ[tuple(np.array(pairs).T)] = True
   return RetrievalSet(
     source=source,
     split=split,
     record_U=np.array(records, np.int64),
     image_names=tuple(names),
     captions=tuple(texts),
-    relevant_UZ=relevant_UZ,
+    fits=np.array(pairs),
     bad=tuple(bad),
   )
 
@@ -181,13 +186,16 @@ def keep_images(
       f"split {retrieval_set.split!r}: none of its {len(ok_U)} images can be "
       f"decoded, first: {bad[0]}"
     )
-  ok_Z = retrieval_set.relevant_UZ[ok_U].any(0)
+  image, caption = retrieval_set.fits[ok_U[retrieval_set.fits[:, 0]]].T
+  ok_Z = np.zeros(retrieval_set.num_captions, bool)
+  ok_Z[caption] = True
+  new_row_U, new_row_Z = np.cumsum(ok_U) - 1, np.cumsum(ok_Z) - 1
   return dataclasses.replace(
     retrieval_set,
     record_U=retrieval_set.record_U[ok_U],
     image_names=_where(retrieval_set.image_names, ok_U),
     captions=_where(retrieval_set.captions, ok_Z),
-    relevant_UZ=retrieval_set.relevant_UZ[ok_U][:, ok_Z],
+    fits=np.stack([new_row_U[image], new_row_Z[caption]], axis=1),
     bad=retrieval_set.bad + bad,
   )
 

@@ -25,8 +25,8 @@ from glscl_jax.config import Config, ConfigError
 from glscl_jax.data import compounds, word_rules
 
 MASK = "<mask>"
-# unigram: any text is spelled in pieces. word: a piece a word; a word that was
-# not in the training texts is the words that spell it, else the unknown piece.
+# unigram: any text is spelled in pieces. word: a piece a word; a word outside
+# the vocabulary is the words that spell it, else the unknown piece.
 MODEL_TYPES = ("unigram", "word")
 _WORD_START = "\u2581"  # sentencepiece's mark of a space
 
@@ -44,6 +44,7 @@ class Tokens:
   word_T: np.ndarray  # int32; word number, -1 for specials and padding
   truncated: bool
   unknown: bool  # a part has no piece of its own
+  spelled: bool  # a word outside the vocabulary is read as others that spell it
 
 
 class Tokenizer(abc.ABC):
@@ -71,7 +72,7 @@ class Tokenizer(abc.ABC):
     """
     if max_length < 2:
       raise ValueError(f"max_length {max_length} has no room for the specials")
-    ids, words = self._split(text)
+    ids, words, spelled = self._split(text)
     room = max_length - 2
     truncated = len(ids) > room
     ids, words = ids[:room], words[:room]
@@ -86,6 +87,7 @@ class Tokenizer(abc.ABC):
       word_T=word_T,
       truncated=truncated,
       unknown=self.unknown_id in ids,
+      spelled=spelled,
     )
 
   @abc.abstractmethod
@@ -93,8 +95,8 @@ class Tokenizer(abc.ABC):
     """The written form of each id."""
 
   @abc.abstractmethod
-  def _split(self, text: str) -> tuple[list[int], list[int]]:
-    """Ids of the bare text and the number of the word of each."""
+  def _split(self, text: str) -> tuple[list[int], list[int], bool]:
+    """Ids of the bare text, the word number of each, and Tokens.spelled."""
 
 
 class _SentencePiece(Tokenizer):
@@ -145,7 +147,7 @@ class _SentencePiece(Tokenizer):
       for i in ids
     ]
 
-  def _split(self, text: str) -> tuple[list[int], list[int]]:
+  def _split(self, text: str) -> tuple[list[int], list[int], bool]:
     ids = self._model.encode(text)
     # As written, not as in the table: the unknown piece has no word mark there.
     written = self._model.encode(text, out_type=str)
@@ -153,11 +155,11 @@ class _SentencePiece(Tokenizer):
       return self._split_words(ids, written)
     starts = [piece.startswith(_WORD_START) for piece in written]
     starts[:1] = [True] * len(starts[:1])
-    return ids, [int(n) - 1 for n in np.cumsum(starts)]
+    return ids, [int(n) - 1 for n in np.cumsum(starts)], False
 
   def _split_words(
     self, ids: list[int], written: list[str]
-  ) -> tuple[list[int], list[int]]:
+  ) -> tuple[list[int], list[int], bool]:
     """The library's ids of words, its unknown ones taken apart."""
     found = []
     for piece_id, piece in zip(ids, written, strict=True):
@@ -169,7 +171,8 @@ class _SentencePiece(Tokenizer):
         spelled = compounds.parts(word, self._words)
         found.append([self._words[part] for part in spelled] or [piece_id])
     numbers = [n for n, word in enumerate(found) for _ in word]
-    return [i for word in found for i in word], numbers
+    ids = [i for word in found for i in word]
+    return ids, numbers, len(ids) > len(found)
 
 
 def _words(proto: bytes) -> dict[str, int]:
@@ -230,9 +233,10 @@ class _HuggingFace(Tokenizer):
       raise IndexError(f"{self._name}: an id is not in the vocabulary")
     return found
 
-  def _split(self, text: str) -> tuple[list[int], list[int]]:
+  def _split(self, text: str) -> tuple[list[int], list[int], bool]:
     encoding = self._model.encode(text, add_special_tokens=False)
-    return encoding.ids, [w if w is not None else 0 for w in encoding.word_ids]
+    words = [w if w is not None else 0 for w in encoding.word_ids]
+    return encoding.ids, words, False
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:

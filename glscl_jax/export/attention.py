@@ -133,9 +133,9 @@ def _words(
   pieces = tokenizer.pieces(tokens.ids_T)
   return tuple(
     "".join(
-      piece
+      piece.strip("\u2581\u0120 ")
       for piece, number in zip(pieces, tokens.word_T, strict=True)
       if number == word
-    ).strip("\u2581\u0120 ")
+    )
     for word in range(count)
   )

@@ -1,4 +1,4 @@
-"""Vectors moved towards what they match among known pairs, NumPy only.
+"""Vectors moved towards what they match among known ones, NumPy only.
 
 ConSE (Norouzi et al., 1312.5650) describes an image of an unknown class by the
 known classes it resembles: the mean of their texts' vectors, weighed by how
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-_CHUNK = 4096  # vectors at a time; bounds the memory
+_CELLS = 1 << 24  # of the bank's shares at a time; bounds the memory
 
 
 def expand(
@@ -28,9 +28,10 @@ def expand(
     bank_BE: unit vectors of the other one, at least one.
     temperature: t, in units of the cosine.
   """
+  rows = max(1, _CELLS // len(bank_BE))
   chunks = [
-    _expand(vector_QE[start : start + _CHUNK], bank_BE, temperature)
-    for start in range(0, len(vector_QE), _CHUNK)
+    _expand(vector_QE[start : start + rows], bank_BE, temperature)
+    for start in range(0, len(vector_QE), rows)
   ]
   return np.concatenate(chunks).astype(np.float32)
 
@@ -41,8 +42,9 @@ def _expand(
   logits_QB = vector_QE @ bank_BE.T / temperature
   share_QB = np.exp(logits_QB - logits_QB.max(axis=1, keepdims=True))
   share_QB /= share_QB.sum(axis=1, keepdims=True)
-  return _unit(vector_QE + _unit(share_QB @ bank_BE))
+  return unit(vector_QE + unit(share_QB @ bank_BE))
 
 
-def _unit(x_QE: np.ndarray) -> np.ndarray:
-  return x_QE / np.linalg.norm(x_QE, axis=1, keepdims=True)
+def unit(x_QE: np.ndarray) -> np.ndarray:
+  """Rows of length 1; a zero stays zero, as in `contrastive.normalize`."""
+  return x_QE / np.maximum(np.linalg.norm(x_QE, axis=1, keepdims=True), 1e-8)

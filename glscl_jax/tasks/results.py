@@ -165,6 +165,8 @@ def protocol_label(protocol: Mapping[str, Any]) -> str:
     label = f"re-ranked by ITM, k = {protocol['rerank_k']}"
     if kind == "itm_plus_itc":
       label = label.replace("ITM", f"ITM + {protocol['itc_weight']:g} x cosine")
+  if protocol.get("querybank_is_this_split"):
+    label += " (this split itself)"
   if "views" in protocol:
     label += f", {protocol['views']} views"
   return label + ("" if protocol["captions"] == "first" else ", all captions")

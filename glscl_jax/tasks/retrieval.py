@@ -1,15 +1,18 @@
 """Image-text retrieval, both directions, by dual encoder and re-ranked.
 
 Each image and each caption is encoded once. The dual encoder orders by the
-cosine of the contrastive vectors. Re-ranking scores pairs with the fusion
-layers: per image the `rerank_k` captions of best cosine, per caption the
-`rerank_k` best images, a pair that both ask for once.
+cosine of the contrastive vectors, and may correct it by what another split, the
+bank, says. Re-ranking scores pairs with the fusion layers: per image the
+`rerank_k` captions of best cosine, per caption the `rerank_k` best images, a
+pair that both ask for once.
 
-  rerank         score of a candidate pair
-  none           cosine
-  itm            ITM logit difference, match - no match
-  itm_plus_itc   ITM logit difference + itc_weight * cosine (LAVIS: weight 1)
-  full           ITM logit difference, every pair is a candidate
+  rerank           score of a candidate pair
+  none             cosine
+  querybank        cosine less what the bank gives the candidate
+  querybank_conse  the same of vectors moved towards what they match in the bank
+  itm              ITM logit difference, match - no match
+  itm_plus_itc     ITM logit difference + itc_weight * cosine (LAVIS: weight 1)
+  full             ITM logit difference, every pair is a candidate
 
 Ranks and ties: tasks/ranking.py. Shape letters beside those of types.py:
 U images of the split, Z captions, Q queries, A candidates, J candidates of a
@@ -118,13 +121,17 @@ class Encodings:
   retrieval_set: retrieval_sets.RetrievalSet  # undecodable images left out
   image_UE: np.ndarray  # float32, unit
   text_ZE: np.ndarray  # float32, unit
-  cosine_UZ: np.ndarray  # float32
   image_row_U: np.ndarray  # row of `image_tokens`
   image_tokens: jax.Array | None  # (A, I, D), padding rows included
   text_tokens: jax.Array | None  # (A, T, D), row = caption
   text_valid: jax.Array | None  # (A, T)
   caption_counts: Mapping[str, int]  # how many lost something; _count_losses
   seconds: float
+
+  @functools.cached_property
+  def cosine_UZ(self) -> np.ndarray:
+    """Cosines of all pairs, float32; a bank of queries needs none."""
+    return self.image_UE @ self.text_ZE.T
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +162,8 @@ class Rankings:
 
   i2t: Ranking
   t2i: Ranking
-  fused: Fused | None  # None: by cosine alone
+  fused: Fused | None  # None: by vectors alone
+  bank: Encodings | None  # None: no other split took part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,22 +281,20 @@ def encode(
       params, retrieval_set, programs, config, view=view, **again
     )[1]
   if views > 1:
-    image_AE /= np.linalg.norm(image_AE, axis=1, keepdims=True)
+    image_AE = conse.unit(image_AE)
   kept = retrieval_sets.keep_images(retrieval_set, ok_A, bad)
   text_tokens, text_ZE, valid, caption_counts = _encode_texts(
     params, kept.captions, programs, config, tokenizer, **settings
   )
   image_UE = image_AE[ok_A]
-  cosine_UZ = image_UE @ text_ZE.T
-  if not np.isfinite(cosine_UZ).all():
+  if not (np.isfinite(image_UE).all() and np.isfinite(text_ZE).all()):
     raise RetrievalError(
-      f"split {kept.split!r}: the model gives cosines that are not finite"
+      f"split {kept.split!r}: the model gives vectors that are not finite"
     )
   return Encodings(
     retrieval_set=kept,
     image_UE=image_UE,
     text_ZE=text_ZE,
-    cosine_UZ=cosine_UZ,
     image_row_U=np.flatnonzero(ok_A),
     image_tokens=jnp.concatenate(image_tokens) if keep_tokens else None,
     text_tokens=jnp.concatenate(text_tokens) if keep_tokens else None,
@@ -393,7 +399,8 @@ def _count_losses(
   """Captions of which the text encoder sees less than is written.
 
   Truncated: longer than the limit. Unknown: a part has no piece of its own.
-  Alike: another text has the same tokens, so no model can tell them apart.
+  Spelled: an unknown word is read as the known ones that spell it. Alike:
+  another text has the same tokens, so no model can tell them apart.
   """
   texts = {}
   for text, item in zip(captions, encoded, strict=True):
@@ -401,6 +408,7 @@ def _count_losses(
   return {
     "num_truncated_captions": sum(item.truncated for item in encoded),
     "num_unknown_captions": sum(item.unknown for item in encoded),
+    "num_spelled_captions": sum(item.spelled for item in encoded),
     "num_alike_captions": sum(
       len(texts[item.ids_T.tobytes()]) > 1 for item in encoded
     ),
@@ -516,6 +524,7 @@ def rank(
       i2t=_rank_by_score(i2t_UZ, relevant_UZ),
       t2i=_rank_by_score(t2i_ZU, relevant_UZ.T),
       fused=None,
+      bank=bank if protocol.asks_bank else None,
     )
   if fused is None or fused.count != protocol.candidates:
     raise RetrievalError(f"no fused scores for {protocol}")
@@ -541,6 +550,7 @@ def rank(
       cosine_UZ.T, relevant_UZ.T, fused.images_ZJ, look_up(of_captions)
     ),
     fused=fused,
+    bank=None,
   )
 
 
@@ -553,25 +563,34 @@ def _scores_of_vectors(
     return cosine_UZ, cosine_UZ.T
   if bank is None or bank.retrieval_set.split != protocol.querybank:
     raise RetrievalError(f"no bank of queries for {protocol}")
-  image_UE, text_ZE = encodings.image_UE, encodings.text_ZE
-  bank_image_UE, bank_text_ZE = bank.image_UE, bank.text_ZE
-  if protocol.rerank == "querybank_conse":
-    image_UE, text_ZE, bank_image_UE, bank_text_ZE = (
-      conse.expand(x_QE, known_BE, temperature=protocol.conse_temperature)
-      for x_QE, known_BE in (
-        (image_UE, bank.text_ZE),
-        (text_ZE, bank.image_UE),
-        (bank_image_UE, bank.text_ZE),
-        (bank_text_ZE, bank.image_UE),
-      )
-    )
-    cosine_UZ = image_UE @ text_ZE.T
-  normalize = functools.partial(
-    querybank.normalize, temperature=protocol.querybank_temperature
-  )
+  score = functools.partial(_score_by_bank, protocol=protocol)
   return (
-    normalize(cosine_UZ, bank_image_UE, text_ZE),
-    normalize(cosine_UZ.T, bank_text_ZE, image_UE),
+    score(encodings.image_UE, encodings.text_ZE, bank.image_UE, bank.text_ZE),
+    score(encodings.text_ZE, encodings.image_UE, bank.text_ZE, bank.image_UE),
+  )
+
+
+def _score_by_bank(
+  query_QE: np.ndarray,
+  candidate_AE: np.ndarray,
+  bank_query_BE: np.ndarray,
+  bank_candidate_KE: np.ndarray,
+  *,
+  protocol: Protocol,
+) -> np.ndarray:
+  """Scores (Q, A); the bank has queries and candidates of its own."""
+  if protocol.rerank == "querybank_conse":
+    expand = functools.partial(
+      conse.expand, temperature=protocol.conse_temperature
+    )
+    query_QE = expand(query_QE, bank_candidate_KE)
+    candidate_AE = expand(candidate_AE, bank_query_BE)
+    bank_query_BE = expand(bank_query_BE, bank_candidate_KE)
+  return querybank.normalize(
+    query_QE @ candidate_AE.T,
+    bank_query_BE,
+    candidate_AE,
+    temperature=protocol.querybank_temperature,
   )
 
 
@@ -646,8 +665,8 @@ def report(
   Keys: split, num_images, num_captions, protocol, metrics (`i2t_r1` ..
   `t2i_median_rank`; `mean_r1` of both directions; `r_mean` of all six R@k),
   chance (the same keys), timing, num_truncated_captions,
-  num_unknown_captions, num_alike_captions, num_bad_records,
-  bad_records.
+  num_unknown_captions, num_spelled_captions, num_alike_captions,
+  num_bad_records, bad_records.
   """
   found = encodings.retrieval_set
   metrics, chance = {}, {}
@@ -665,7 +684,13 @@ def report(
     table["mean_r1"] = (table["i2t_r1"] + table["t2i_r1"]) / 2
     table["r_mean"] = sum(shares) / len(shares)
   timing: dict[str, Any] = {"encode_seconds": round(encodings.seconds, 3)}
-  fused = rankings.fused
+  facts = protocol.describe()
+  fused, bank = rankings.fused, rankings.bank
+  if bank is not None:
+    timing["bank_seconds"] = round(bank.seconds, 3)
+    if bank.retrieval_set.split == found.split:
+      # A query's rank then depends on what else is asked.
+      facts["querybank_is_this_split"] = True
   if fused is not None:
     timing["rerank_seconds"] = round(fused.seconds, 3)
     timing["num_pairs"] = len(fused.pairs)
@@ -675,7 +700,7 @@ def report(
     "split": found.split,
     "num_images": found.num_images,
     "num_captions": found.num_captions,
-    "protocol": protocol.describe(),
+    "protocol": facts,
     "metrics": metrics,
     "chance": chance,
     "timing": timing,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -130,21 +131,23 @@ def check_merge(path: str, merge: Merge) -> None:
 
 
 def format_merge(path: str, merge: Merge) -> str:
-  """Counts, and the names of everything that was not loaded."""
+  """Counts and names of what was not loaded, whole branches as one entry."""
   lines = [f"init_from {path}: {len(merge.loaded)} parameters loaded"]
-  for label, names in (
-    ("missing there, new here", merge.missing),
-    ("unexpected there, left out", merge.unexpected),
-    ("of another shape, new here", merge.reshaped),
-  ):
-    branches = _branches(names, others=merge.loaded)
+  kinds = {
+    "missing there, new here": merge.missing,
+    "unexpected there, left out": merge.unexpected,
+    "of another shape, new here": merge.reshaped,
+  }
+  everything = {*merge.loaded, *itertools.chain(*kinds.values())}
+  for label, names in kinds.items():
+    branches = _branches(names, others=everything.difference(names))
     listed = f": {', '.join(branches)}" if names else ""
     lines.append(f"  {len(names)} {label}{listed}")
   return "\n".join(lines)
 
 
 def _branches(
-  names: Sequence[str], *, others: Sequence[str], root: str = ""
+  names: Sequence[str], *, others: Collection[str], root: str = ""
 ) -> list[str]:
   """`names` below `root`; a branch with none of `others` as "branch/* (5)"."""
   inside = [name for name in names if name.startswith(root)]

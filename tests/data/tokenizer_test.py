@@ -257,7 +257,10 @@ def test_an_unknown_word_is_the_words_that_spell_it(word_model):
   # Two words of one number are parts of one word of the text.
   np.testing.assert_array_equal(tokens.word_T[:8], [-1, 0, 0, 1, 2, 2, 2, -1])
   assert tokens.unknown
-  assert not word_model.encode("redheart", 12).unknown
+  assert tokens.spelled
+  spelled = word_model.encode("redheart", 12)
+  assert spelled.spelled and not spelled.unknown
+  assert not word_model.encode("red heart zebra", 12).spelled
 
 
 def test_words_that_nothing_spells_are_a_piece_each(word_model):

@@ -266,7 +266,7 @@ def test_export_of_an_export_carries_the_measured_metrics(work, tmp_path):
     (evaluate_launcher, [], "--workdir is missing"),
     (evaluate_launcher, ["--workdir=/nowhere"], "neither a work dir"),
     (evaluate_launcher, ["--wrkdir=x"], "Did you mean: workdir"),
-    (evaluate_launcher, ["--workdir={}", "--rerank=best"], "rerank='best'"),
+    (evaluate_launcher, ["--workdir={}", "--rerank=best"], "any of none, "),
     (evaluate_launcher, ["--workdir=/nowhere", "--rerank="], "--rerank is"),
     (evaluate_launcher, ["--workdir={}", "--splits=val"], "no split 'val'"),
     (

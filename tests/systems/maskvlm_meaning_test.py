@@ -14,7 +14,6 @@ from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.models import vision
 from glscl_jax.models.maskvlm import MaskVLM
-from glscl_jax.objectives import matching
 from glscl_jax.systems import maskvlm
 from glscl_jax.train import optimizer
 from tests import random_pairs
@@ -264,21 +263,6 @@ def test_pairs_are_own_false_image_and_false_text(kind, key):
     np.testing.assert_array_equal(texts // 4, own // 4)
     np.testing.assert_array_equal(images // 4, own // 4)
     np.testing.assert_array_equal(ok, (labels == 1) | (own < 4))
-
-
-def test_similarities_that_draw_negatives_are_constants(normal, monkeypatch):
-  original = matching.negatives_of_both
-
-  def constant(similarity, same, key):
-    return original(jax.lax.stop_gradient(similarity), same, key)
-
-  monkeypatch.setattr(matching, "negatives_of_both", constant)
-
-  def scalar(params, batch, key):
-    return maskvlm.loss(params, batch, config=CONFIG, key=key).loss
-
-  constants = jax.jit(jax.grad(scalar))(PARAMS, BATCH, KEY)
-  assert random_pairs.difference(constants, normal[0]) < 1e-6
 
 
 def test_equal_states_give_finite_losses_and_gradients():

@@ -11,7 +11,7 @@ from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.data import retrieval_set, tokenizer
 from glscl_jax.systems import glscl
-from glscl_jax.tasks import ranking, retrieval
+from glscl_jax.tasks import ranking, results, retrieval
 from tests import tiny
 
 
@@ -170,28 +170,46 @@ def test_one_candidate_keeps_the_best_by_cosine_first(model, encodings):
   np.testing.assert_array_equal(found.t2i.top_QJ[:, 0], plain.t2i.top_QJ[:, 0])
 
 
-def test_a_querybank_takes_its_own_modality_and_split(model, encodings):
-  protocol = retrieval.Protocol(rerank="querybank", querybank="test")
-  found = retrieval.rank(encodings, protocol=protocol, bank=encodings)
-  expected = {}
-  for direction, score_QA, bank_BE, candidate_AE in (
-    ("i2t", encodings.cosine_UZ, encodings.image_UE, encodings.text_ZE),
-    ("t2i", encodings.cosine_UZ.T, encodings.text_ZE, encodings.image_UE),
-  ):
-    hub_A = np.log(np.exp(bank_BE @ candidate_AE.T / 0.1).mean(0)) * 0.1
-    expected[direction] = np.sort(score_QA - hub_A[None])[:, ::-1][:, :10]
-  np.testing.assert_allclose(found.i2t.top_score_QJ, expected["i2t"], atol=1e-5)
-  np.testing.assert_allclose(found.t2i.top_score_QJ, expected["t2i"], atol=1e-5)
+@pytest.fixture(scope="module")
+def bank(encodings):
+  """Another split: some of the vectors, in another order."""
+  return dataclasses.replace(
+    encodings,
+    retrieval_set=dataclasses.replace(encodings.retrieval_set, split="train"),
+    image_UE=encodings.image_UE[[3, 1, 6, 0]],
+    text_ZE=encodings.text_ZE[[5, 2, 8, 1, 0]],
+  )
+
+
+def without_hubs(query_QE, candidate_AE, bank_BE):
+  """The ten best scores of each query less what the bank gives, sorted."""
+  hub_A = np.log(np.exp(bank_BE @ candidate_AE.T / 0.1).mean(0)) * 0.1
+  return np.sort(query_QE @ candidate_AE.T - hub_A)[:, ::-1][:, :10]
+
+
+def test_a_querybank_takes_its_own_modality_and_split(encodings, bank):
+  protocol = retrieval.Protocol(rerank="querybank")
+  found = retrieval.rank(encodings, protocol=protocol, bank=bank)
+  image_UE, text_ZE = encodings.image_UE, encodings.text_ZE
+  np.testing.assert_allclose(
+    found.i2t.top_score_QJ,
+    without_hubs(image_UE, text_ZE, bank.image_UE),
+    atol=1e-5,
+  )
+  np.testing.assert_allclose(
+    found.t2i.top_score_QJ,
+    without_hubs(text_ZE, image_UE, bank.text_ZE),
+    atol=1e-5,
+  )
   assert found.fused is None
-  for bank, split in ((None, "test"), (encodings, "train")):
-    asked = dataclasses.replace(protocol, querybank=split)
+  for other in (None, encodings):
     with pytest.raises(retrieval.RetrievalError, match="no bank of queries"):
-      retrieval.rank(encodings, protocol=asked, bank=bank)
+      retrieval.rank(encodings, protocol=protocol, bank=other)
 
 
-def test_conse_moves_queries_candidates_and_bank(model, encodings):
-  protocol = retrieval.Protocol(rerank="querybank_conse", querybank="test")
-  found = retrieval.rank(encodings, protocol=protocol, bank=encodings)
+def test_conse_moves_queries_candidates_and_bank(encodings, bank):
+  protocol = retrieval.Protocol(rerank="querybank_conse")
+  found = retrieval.rank(encodings, protocol=protocol, bank=bank)
 
   def moved(x_QE, known_BE):
     share_QB = np.exp(x_QE @ known_BE.T / 0.03)
@@ -199,20 +217,32 @@ def test_conse_moves_queries_candidates_and_bank(model, encodings):
     sum_QE = x_QE + mean_QE / np.linalg.norm(mean_QE, axis=1, keepdims=True)
     return sum_QE / np.linalg.norm(sum_QE, axis=1, keepdims=True)
 
-  image_UE = moved(encodings.image_UE, encodings.text_ZE)
-  text_ZE = moved(encodings.text_ZE, encodings.image_UE)
-  for direction, query_QE, candidate_AE in (
-    ("i2t", image_UE, text_ZE),
-    ("t2i", text_ZE, image_UE),
-  ):
-    score_QA = query_QE @ candidate_AE.T
-    score_QA -= np.log(np.exp(score_QA / 0.1).mean(0)) * 0.1
-    np.testing.assert_allclose(
-      getattr(found, direction).top_score_QJ,
-      np.sort(score_QA)[:, ::-1][:, :10],
-      atol=1e-5,
-    )
+  image_UE = moved(encodings.image_UE, bank.text_ZE)
+  text_ZE = moved(encodings.text_ZE, bank.image_UE)
+  np.testing.assert_allclose(
+    found.i2t.top_score_QJ,
+    without_hubs(image_UE, text_ZE, moved(bank.image_UE, bank.text_ZE)),
+    atol=1e-5,
+  )
+  np.testing.assert_allclose(
+    found.t2i.top_score_QJ,
+    without_hubs(text_ZE, image_UE, moved(bank.text_ZE, bank.image_UE)),
+    atol=1e-5,
+  )
   assert protocol.describe()["conse_temperature"] == 0.03
+
+
+def test_a_bank_that_is_the_measured_split_is_told(encodings, bank):
+  for other, asked in ((bank, "train"), (encodings, "test")):
+    protocol = retrieval.Protocol(rerank="querybank", querybank=asked)
+    rankings = retrieval.rank(encodings, protocol=protocol, bank=other)
+    found = retrieval.report(encodings, rankings, protocol=protocol)
+    told = "querybank_is_this_split" in found["protocol"]
+    assert told == (asked == "test")
+    assert (
+      "(this split itself)" in results.protocol_label(found["protocol"])
+    ) == told
+    assert found["timing"]["bank_seconds"] == round(other.seconds, 3)
 
 
 def test_views_count_as_their_mean_vector(model, encodings):
@@ -265,7 +295,7 @@ def test_captions_that_lose_something_are_counted(model, encodings):
     dataclasses.replace(
       encodings.retrieval_set,
       captions=names,
-      relevant_UZ=np.ones((9, len(names)), bool),
+      fits=np.argwhere(np.ones((9, len(names)))),
     ),
     config=model.config,
     tokenizer=model.tokenizer,
@@ -273,6 +303,7 @@ def test_captions_that_lose_something_are_counted(model, encodings):
   assert found.caption_counts == {
     "num_truncated_captions": 1,
     "num_unknown_captions": 1,
+    "num_spelled_captions": 0,
     "num_alike_captions": 2,
   }
 
@@ -281,6 +312,10 @@ def test_a_collapsed_model_scores_zero(model):
   zero = jax.tree.map(np.zeros_like, model.params)
   for protocol in (
     retrieval.Protocol(captions="all"),
+    retrieval.Protocol(captions="all", views=2),
+    retrieval.Protocol(
+      rerank="querybank_conse", querybank="test", captions="all"
+    ),
     retrieval.Protocol(rerank="full", captions="all"),
   ):
     result = retrieval.evaluate(

@@ -47,14 +47,14 @@ def test_a_branch_that_is_wholly_new_is_one_entry():
       "vision/stem/a",
       "vision/stem/b",
     ),
-    unexpected=(),
-    reshaped=(),
+    unexpected=("old/a", "old/b", "text/type/a", "text/type/b"),
+    reshaped=("text/type/c", "vision/stem/c"),
   )
   assert initial.format_merge("DIR", merge).splitlines()[1:] == [
     "  7 missing there, new here: fusion/* (2), head, text/norm/bias, "
-    "vision/mask/value, vision/stem/* (2)",
-    "  0 unexpected there, left out",
-    "  0 of another shape, new here",
+    "vision/mask/value, vision/stem/a, vision/stem/b",
+    "  4 unexpected there, left out: old/* (2), text/type/a, text/type/b",
+    "  2 of another shape, new here: text/type/c, vision/stem/c",
   ]
 
 
