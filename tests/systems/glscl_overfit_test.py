@@ -11,7 +11,7 @@ CONFIG = random_pairs.config(
   batch_size=NUM_PAIRS,
   image_size=24,  # nine patches
   max_length=4,
-  num_steps=600,
+  num_steps=280,
   objectives={
     "itm": 3.0,  # the slowest to learn
     "neg_group": NUM_PAIRS,  # so that every wrong pair is shown
@@ -19,8 +19,11 @@ CONFIG = random_pairs.config(
     # A colder temperature makes single steps too long.
     "itc_temperature_range": (0.02, 0.5),
   },
+  # Muon learns them by heart in half of AdamW's steps, the last pair too.
   optimizer={
-    "learning_rate": 2e-3,
+    "variant": "muon",
+    "muon_rms": 0.4,
+    "learning_rate": 5e-3,
     "fusion_multiplier": 1.0,
     "head_multiplier": 1.0,
   },
@@ -47,7 +50,7 @@ def test_each_loss_falls_below_a_tenth(name, trained):
 def test_accuracies_are_perfect_but_for_a_pair_in_matching(trained):
   assert trained.last["mlm_accuracy"] == 1.0
   assert trained.last["itc_accuracy"] == 1.0
-  # As below: which false pair is still confused depends on rounding.
+  # Which false pair is still confused, if any, depends on rounding.
   assert trained.last["itm_accuracy"] >= 1 - 1 / NUM_PAIRS
 
 
@@ -68,8 +71,8 @@ def test_vectors_rank_the_own_partner_first_both_ways(scores):
 
 
 def test_matching_ranks_most_own_partners_first_both_ways(scores):
-  # A run shows each of the 992 wrong pairs about ten times; how many it still
+  # A run shows each of the 992 wrong pairs about five times; how many it still
   # confuses depends on the compiler's rounding. By chance 1 of 32 is first.
   for rank in overfit.ranks(scores["matching"]):
-    assert np.sum(rank == 0) >= 22
-    assert np.all(rank <= 10)
+    assert np.sum(rank == 0) >= 24
+    assert np.all(rank <= 5)
