@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 MIN_LETTERS = 3  # of a part: below, "as", "in" and "at" are found in any word
+MAX_LETTERS = 50  # of a word: what is longer is an address or has no spaces
 
 
 def parts(word: str, known: Container[str]) -> tuple[str, ...]:
@@ -14,8 +15,10 @@ def parts(word: str, known: Container[str]) -> tuple[str, ...]:
 
   Returns:
     Nothing where no known words do: a part of a word says little of its
-    meaning ("man" in "mantelpiece").
+    meaning ("man" in "mantelpiece"). Nor for a text that is no word.
   """
+  if len(word) > MAX_LETTERS:
+    return ()
   spelled: list[tuple[str, ...] | None] = [()]  # [n]: of the first n letters
   for end in range(1, len(word) + 1):
     options = [

@@ -14,6 +14,8 @@ from glscl_jax.data import compounds
     ("mantelpiece", ()),  # "man" and "piece", and a rest between them
     ("", ()),
     ("zz", ()),
+    ("cat" * 16, ("cat",) * 16),
+    ("cat" * 100_000, ()),  # no word, and would take long
     ("catcat", ("cat", "cat")),
     # Fewest, though "sun", "flow" and "ers" spell it too.
     ("sunflowers", ("sun", "flowers")),
