@@ -55,16 +55,18 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   )
 
 
-def measured(workdir: pathlib.Path, step: int) -> dict[str, Any]:
-  """Results of launch/evaluate.py on this very step, by task."""
-  found = {}
+def measured(
+  workdir: pathlib.Path, model: weights_lib.Weights
+) -> dict[str, Any]:
+  """Results of launch/evaluate.py on these very weights, by task."""
+  found, fingerprint = {}, weights_lib.params_sha256(model.params)
   for path in sorted(workdir.glob(f"eval/*/{results.METRICS}")):
     kept = {
       f"{data}/{split}/{protocol}": entry["metrics"]
       for data, splits in results.read(path)["results"].items()
       for split, protocols in splits.items()
       for protocol, entry in protocols.items()
-      if entry["lineage"]["step"] == step
+      if entry["lineage"]["params_sha256"] == fingerprint
     }
     if kept:
       found[path.parent.name] = kept
@@ -79,9 +81,7 @@ def export(
   validation = {"validation": model.metrics} if model.metrics else {}
   manifest = weights_lib.save_export(
     output,
-    dataclasses.replace(
-      model, metrics=validation | measured(workdir, model.step)
-    ),
+    dataclasses.replace(model, metrics=validation | measured(workdir, model)),
   )
   weights_lib.load_export(output)
   return manifest

@@ -3,7 +3,7 @@
   python launch/report.py --workdir=DIR
 
 Run launch/evaluate.py before it: recalls and examples are read from
-DIR/eval/retrieval. Charts are also written to DIR/plots.
+DIR/eval/retrieval. Charts are also written to `plots` beside the page.
 
 Exit code 0: done. 2: `error: ...` says what to change.
 """
@@ -77,12 +77,14 @@ def _run(values: flags.FlagValues) -> int:
   workdir = pathlib.Path(values.workdir)
   output = pathlib.Path(values.output or workdir / "report.html")
   errors.check_file(output, option=f"--output={output}")
-  errors.check_writable(workdir / "plots", option=f"--workdir={workdir}")
+  charts = output.parent / "plots"
+  errors.check_writable(charts, option=f"--output={output}")
   model = weights_lib.open_weights(workdir, step=values.step)
   page = report.make_report(
     workdir,
     model,
     data_dir=model.data_dir(values.data),
+    charts=charts,
     options=report.Options(
       num_queries=values.num_examples,
       num_maps=values.num_examples,

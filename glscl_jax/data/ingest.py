@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
@@ -63,7 +64,8 @@ def read_lines(
   lines, rejects, ids = [], [], set()
   num_lines = 0
   try:
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+    # Files from Windows begin with a byte order mark.
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
       for number, text in enumerate(file, start=1):
         if not text.strip():
           continue
@@ -101,6 +103,11 @@ def _parse(text: str, number: int, split: str) -> Line:
       raise _BadLine(f"no key {key!r}; it has {sorted(row)}")
   if not isinstance(row["image"], str) or not row["image"]:
     raise _BadLine(f"image: expected a path, got {row['image']!r}")
+  if "split" not in row:
+    # A test pair that is trained on by mistake is noticed by nobody.
+    for key in row:
+      if difflib.get_close_matches(key.lower(), ["split"], cutoff=0.75):
+        raise _BadLine(f"key {key!r} is not read: did you mean 'split'?")
   chosen = row["split"] if "split" in row else split
   if not isinstance(chosen, str) or not _SPLIT.fullmatch(chosen):
     raise _BadLine(f"split: expected a name like 'train', got {chosen!r}")

@@ -77,14 +77,16 @@ def make_report(
   weights: Weights,
   *,
   data_dir: str,
+  charts: pathlib.Path,
   options: Options = Options(),
 ) -> str:
-  """The page as HTML; also writes its charts to workdir/plots.
+  """The page as HTML; also writes its charts.
 
   Args:
     workdir: of a run, or an export directory with evaluations.
     weights: of that run, at the step that was evaluated.
     data_dir: where the examples are read.
+    charts: folder of the charts as files.
     options: how much is shown.
   """
   data = results.identify(data_dir)
@@ -92,7 +94,6 @@ def make_report(
   predictions = results.read(
     workdir / "eval" / "retrieval" / results.PREDICTIONS
   )
-  charts = workdir / "plots"
   charts.mkdir(parents=True, exist_ok=True)
   shown = (
     predictions["results"][data.name]
@@ -125,7 +126,9 @@ def make_report(
 
 
 def _why_none(data: results.DataSet, predictions: Mapping[str, Any]) -> str:
-  there = ", ".join(sorted(predictions["results"])) or "nothing"
+  there = ", ".join(sorted(predictions["results"]))
+  if not there:
+    return "nothing was evaluated yet: run launch/evaluate.py."
   return f"no held-out split of {data.name} was evaluated, but {there}."
 
 
@@ -299,10 +302,10 @@ def _recall_table(splits: Mapping[str, Any], weights: Weights) -> str:
     + "<th>R@1</th><th>R@5</th><th>R@10</th><th>median</th>" * 2
     + "</tr>"
   )
-  rows, stale = [], False
+  rows, stale, fingerprint = [], False, params_sha256(weights.params)
   for split, entries in splits.items():
     for number, entry in enumerate(_by_protocol(entries)):
-      stale = stale or entry["lineage"]["step"] != weights.step
+      stale = stale or entry["lineage"]["params_sha256"] != fingerprint
       size = (
         f"{entry['num_images']:,} images, {entry['num_captions']:,} captions"
       )
@@ -322,7 +325,7 @@ def _recall_table(splits: Mapping[str, Any], weights: Weights) -> str:
       f'<tr class="chance"><td>chance</td>{_numbers(chance, columns)}</tr>'
     )
   note = (
-    '<p class="warning">Some results are of another step than the weights of '
+    '<p class="warning">Some results are of other weights than those of '
     "this page; run launch/evaluate.py again.</p>"
     if stale
     else ""

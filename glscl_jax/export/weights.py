@@ -65,6 +65,9 @@ class Weights:
       WeightsError: both are empty.
     """
     found = chosen or self.config.data.dir
+    if not chosen and not pathlib.Path(found).is_dir():
+      # As the training was told; relative to where it was started.
+      found = self.lineage.get("data_dir", found)
     if not found:
       raise WeightsError(
         "the weights name no data (their config.data.dir is empty): give "
@@ -132,6 +135,8 @@ def _write(
   (folder / CONFIG).write_text(config_text, encoding="utf-8")
   tokenizer_name = f"tokenizer{weights.tokenizer_path.suffix}"
   shutil.copyfile(weights.tokenizer_path, folder / tokenizer_name)
+  # The library makes a file that its owner alone may read.
+  shutil.copymode(folder / CONFIG, folder / MODEL)
   manifest = {
     "format": FORMAT,
     "format_version": FORMAT_VERSION,

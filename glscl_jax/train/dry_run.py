@@ -82,7 +82,8 @@ def dry_run(
   lowered = step_lib.make_train_step(config, inputs.mesh).lower(abstract, batch)
   parts = estimate_memory(config, abstract, batch, inputs.mesh)
   say(format_memory(parts, inputs.mesh))
-  for line in find_excess(config, parts, inputs):
+  oversights = loop.find_oversights(config, inputs)
+  for line in [*find_excess(config, parts, inputs), *oversights]:
     say(f"warning: {line}")
   if compile_step:
     say(f"compiled, a device: {journal.format_memory(lowered.compile())}")

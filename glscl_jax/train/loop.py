@@ -251,6 +251,8 @@ def _start(
     stack.callback(checkpointer.close)
     _write_inputs(config, workdir, inputs)
     log.info(config_lib.to_json(config))
+    for line in find_oversights(config, inputs):
+      log.warning(line)
     state, start_step = _make_state(config, inputs, checkpointer, loaded, log)
     writer = metrics.MetricWriter(
       workdir,
@@ -473,6 +475,28 @@ def _check_validation(
       "config.train.eval_every: validation ranks by the contrastive vectors, "
       "which objectives.itc = 0 leaves out; set eval_every to 0"
     )
+
+
+def find_oversights(config: config_lib.Config, inputs: Inputs) -> list[str]:
+  """What is likely not meant, before hours of training; one line each."""
+  found = []
+  if config.train.eval_splits and not config.train.eval_every:
+    found.append(
+      "train.eval_splits is set, but train.eval_every is 0: nothing is "
+      "validated"
+    )
+  length = config.model.text.max_length
+  source = sources.open_source(config.data.dir, config.data.train_split)
+  some = np.linspace(0, len(source) - 1, min(len(source), 256)).astype(int)
+  captions = [text for i in some for text in source[int(i)].captions]
+  cut = sum(inputs.tokenizer.encode(c, length).truncated for c in captions)
+  if cut > 0.2 * len(captions):
+    found.append(
+      f"{cut} of {len(captions)} training captions looked at have more than "
+      f"{length} tokens and are cut: raise model.text.max_length, or see "
+      "--tokenizer_type of launch/prepare.py"
+    )
+  return found
 
 
 @contextlib.contextmanager

@@ -49,6 +49,19 @@ def test_a_line_may_name_its_split_and_id(tmp_path):
   ]
 
 
+def test_other_keys_are_nobodys_business(tmp_path):
+  path = _write(tmp_path, _row(url="x", idx=3, splits=1, split="val"))
+  (line,), rejects, _ = ingest.read_lines(path)
+  assert line.split == "val" and not rejects
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+  path = _write(tmp_path, _row())
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+  lines, rejects, _ = ingest.read_lines(path)
+  assert len(lines) == 1 and not rejects
+
+
 def test_empty_lines_do_not_count_but_keep_the_numbers_right(tmp_path):
   path = _write(tmp_path, b"", _row(), b"   ", _row(caption=""))
   lines, rejects, num_lines = ingest.read_lines(path)
@@ -81,6 +94,8 @@ def test_empty_lines_do_not_count_but_keep_the_numbers_right(tmp_path):
     (_row(split="../x"), "split: expected a name"),
     (_row(split="all"), "split: expected a name"),
     (_row(split=None), "split: expected a name"),
+    (_row(Split="test"), "key 'Split' is not read: did you mean 'split'?"),
+    (_row(splt="test"), "key 'splt' is not read"),
   ],
 )
 def test_a_bad_line_is_rejected_with_its_number_and_reason(

@@ -7,6 +7,7 @@ import html.parser
 import io
 import json
 import re
+import shutil
 
 import pytest
 
@@ -145,6 +146,29 @@ def test_the_page_is_whole_and_holds_its_pictures_itself(page):
     assert start.startswith((b"\x89PNG", b"<?xml"))
     assert image["alt"]
   assert not re.search(r'(src|href)="http', page)
+
+
+def test_results_of_other_weights_are_told_and_charts_lie_by_the_page(
+  work, page, tmp_path
+):
+  assert "other weights" not in page
+  copy = tmp_path / "copy"
+  shutil.copytree(work, copy)
+  shutil.rmtree(copy / "plots")
+  path = copy / "eval" / "retrieval" / "metrics.json"
+  (found,) = set(re.findall(r'"params_sha256": "(\w+)"', path.read_text()))
+  path.write_text(path.read_text().replace(found, "0" * 64))
+  output = tmp_path / "elsewhere" / "page.html"
+  found = run(
+    report_launcher,
+    f"--workdir={copy}",
+    f"--output={output}",
+    "--num_examples=1",
+  )
+  assert found.code == 0, found.err
+  assert "Some results are of other weights" in output.read_text()
+  assert (output.parent / "plots" / "curves.svg").is_file()
+  assert not (copy / "plots").exists()
 
 
 def test_the_page_shows_curves_cells_examples_and_attention(page):

@@ -170,11 +170,24 @@ def test_results_beside_an_export_survive_the_next_export(model, tmp_path):
   assert weights_lib.load_export(export).step == 8
   assert (export / "eval/retrieval/metrics.json").read_text() == "measured"
   assert (export / "report.html").read_text() == "page"
+  # Whoever may read one of its files may read all.
+  modes = {path.stat().st_mode for path in export.iterdir() if path.is_file()}
+  assert len(modes) == 1
 
 
 def test_weights_name_their_data_unless_another_is_chosen(model):
   assert model.data_dir("") == model.config.data.dir
   assert model.data_dir("other") == "other"
+  # Named relative to a folder that this process is not in.
+  away = dataclasses.replace(
+    model,
+    config=dataclasses.replace(
+      model.config, data=dataclasses.replace(model.config.data, dir="not/here")
+    ),
+  )
+  assert away.data_dir("") == "not/here"
+  told = dataclasses.replace(away, lineage={"data_dir": "/there"})
+  assert told.data_dir("") == "/there"
   data = dataclasses.replace(model.config.data, dir="")
   unnamed = dataclasses.replace(
     model, config=dataclasses.replace(model.config, data=data)

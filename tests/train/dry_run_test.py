@@ -107,6 +107,21 @@ def test_a_dry_run_warns_of_what_the_machine_and_the_data_cannot_give(config):
   assert f"more than the {config.data.batch_size - 1} training pairs" in batch
 
 
+def test_a_start_warns_of_captions_that_are_cut_and_of_idle_validation(config):
+  inputs = loop.open_inputs(config)
+  inputs.iterator.close()
+  assert not loop.find_oversights(config, inputs)
+  text = dataclasses.replace(config.model.text, max_length=3)
+  changed = dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, text=text),
+    train=dataclasses.replace(config.train, eval_splits=("val",)),
+  )
+  idle, cut = loop.find_oversights(changed, inputs)
+  assert "train.eval_every is 0" in idle
+  assert "training captions looked at have more than 3 tokens" in cut
+
+
 @pytest.mark.parametrize(
   "name", ["data/metadata", "metrics/metrics", "state/manifest.ocdbt"]
 )
