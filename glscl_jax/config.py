@@ -73,7 +73,8 @@ class VisionConfig:
   """A pre-norm ViT with a norm on all states (ln_post) at the end.
 
   By default CLIP's (SCL, GLSCL). ImageNet's (MaskVLM): `patch_bias`, no
-  `ln_pre`, `init` truncated, `activation` gelu, `norm_eps` 1e-6.
+  `ln_pre`, `init` truncated, `activation` gelu, `norm_eps` 1e-6. CoCa's
+  (SyCoCa): `init` coca, `activation` gelu.
   """
 
   image_size: int = 288  # R, pixels; images are square
@@ -85,8 +86,9 @@ class VisionConfig:
   norm_eps: float = 1e-5
   patch_bias: bool = False  # of the patch matrix
   ln_pre: bool = True  # a norm before the blocks
-  init: Literal["clip", "truncated"] = "clip"  # of matrices and tables;
-  # truncated: normal with model.init_std, cut at two of it
+  init: Literal["clip", "truncated", "coca"] = "clip"  # of matrices and
+  # tables; truncated: normal with model.init_std, cut at two of it; coca:
+  # normals by width and depth, as of CoCa's text tower [choice]
   mask_token_std: float = 1.0  # N(0, std) init of the learned patch vector
   stem: tuple[int, ...] = ()  # widths of the stages of a convolution stem,
   # for training from little data [choice]; empty: CLIP's patch matrix
@@ -213,9 +215,10 @@ class ModelConfig:
   text: TextConfig = field(default_factory=TextConfig)
   fusion: FusionConfig = field(default_factory=FusionConfig)
   joint_width: int = 512  # E, of the contrastive space
-  joint_projection: Literal["mlp", "linear", "none"] = "mlp"  # into that
-  # space; linear: one matrix and bias, as in MaskVLM; none: it is that of the
-  # class states, which SCL and GLSCL transform before [choice]
+  joint_projection: Literal["mlp", "linear", "matrix", "none"] = "mlp"  # into
+  # that space; linear: one matrix and bias, as in MaskVLM; matrix: without
+  # bias, as in CoCa; none: it is that of the class states, which SCL and GLSCL
+  # transform before [choice]
   match_features: Literal["pooled", "product", "concat"] = "pooled"  # what ITM
   # reads of the two fused class states: pooled, in SCL and GLSCL; their product
   # [uncertain] or both side by side [choice], in MaskVLM
