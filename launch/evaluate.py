@@ -272,6 +272,8 @@ def evaluate(
   pair_batch_size: int,
 ) -> None:
   """Measures all splits by all protocols; writes after each."""
+  if any(protocol.fuses for protocol in protocols):
+    retrieval.check_fuses(model.config)
   text_tokenizer = tokenizer.load(model.tokenizer_path)
   tokenizer.check_vocab(model.config, text_tokenizer)
   data = results.identify(data_dir)
