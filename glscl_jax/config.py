@@ -73,7 +73,8 @@ class VisionConfig:
   """A pre-norm ViT with a norm on all states (ln_post) at the end.
 
   By default CLIP's (SCL, GLSCL). ImageNet's (MaskVLM): `patch_bias`, no
-  `ln_pre`, `init` truncated, `activation` gelu, `norm_eps` 1e-6.
+  `ln_pre`, `init` truncated, `activation` gelu, `norm_eps` 1e-6. CoCa's
+  (SyCoCa): `init` coca, `activation` gelu.
   """
 
   image_size: int = 288  # R, pixels; images are square
@@ -85,8 +86,9 @@ class VisionConfig:
   norm_eps: float = 1e-5
   patch_bias: bool = False  # of the patch matrix
   ln_pre: bool = True  # a norm before the blocks
-  init: Literal["clip", "truncated"] = "clip"  # of matrices and tables;
-  # truncated: normal with model.init_std, cut at two of it
+  init: Literal["clip", "truncated", "coca"] = "clip"  # of matrices and
+  # tables; truncated: normal with model.init_std, cut at two of it; coca:
+  # normals by width and depth, as of CoCa's text tower [choice]
   mask_token_std: float = 1.0  # N(0, std) init of the learned patch vector
   stem: tuple[int, ...] = ()  # widths of the stages of a convolution stem,
   # for training from little data [choice]; empty: CLIP's patch matrix
@@ -139,10 +141,15 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-  """A RoBERTa-style encoder: post-norm, learned positions."""
+  """A transformer with learned positions.
+
+  SCL, GLSCL, MaskVLM: RoBERTa's, post-norm. SyCoCa: CoCa's, pre-norm and
+  causal, with the class token appended.
+  """
 
   vocab_size: int = 50265  # V; must equal the tokenizer's
-  max_length: int = 50  # L, with both special tokens
+  max_length: int = 50  # L, with both special tokens; CoCa's class token,
+  # which is no token of the tokenizer, comes on top
   width: int = 768  # D
   depth: int = 12  # 0: the embeddings alone, a bag of words [choice]
   class_state: Literal["token", "mean"] = "token"  # mean: of the other valid
@@ -151,7 +158,8 @@ class TextConfig:
   # initialisation; None: model.init_std [choice]
   embedding_norm: bool = True  # False: a word counts by the length of its
   # vector; those never trained shrink by optimizer.weight_decay [choice]
-  num_positions: int = 514  # real tokens use rows 2, 3, ..; pads use row 1
+  num_positions: int = 514  # real tokens use rows 2, 3, ..; pads use row 1.
+  # CoCa's use 0, 1, .. and the class token the last one
   norm_eps: float = 1e-5
   dropout: float = 0.1
 
@@ -163,11 +171,6 @@ class TextConfig:
     _check_ratio(self, "dropout")
     _check(self.max_length >= 3, "max_length", "needs room for 3 tokens")
     _check(
-      self.num_positions >= self.max_length + 2,
-      "num_positions",
-      f"must be at least max_length + 2 = {self.max_length + 2}",
-    )
-    _check(
       self.width % HEAD_WIDTH == 0, "width", f"not a multiple of {HEAD_WIDTH}"
     )
 
@@ -178,6 +181,7 @@ class FusionConfig:
 
   SCL, GLSCL (METER): co-attention, `depth` layers per stream. MaskVLM: stacks
   of cross-attention blocks, `image_depth`, `text_depth`, `decoder_depth`.
+  SyCoCa: a caption decoder of `text_depth`, an image decoder of `image_depth`.
   """
 
   width: int = 768  # D
@@ -185,6 +189,8 @@ class FusionConfig:
   image_depth: int = 3  # of g_image, which completes images [uncertain]
   text_depth: int = 3  # of g_text, which completes texts [uncertain]
   decoder_depth: int = 3  # of the pixel decoder [paper]
+  mim_text: bool = True  # SyCoCa's image decoder asks the text; False: it has
+  # no cross-attention, as in the paper's ablation
   norm_eps: float = 1e-12
   dropout: float = 0.1
   restrict_last_layer: bool = True  # only rows a loss reads; exact
@@ -213,9 +219,10 @@ class ModelConfig:
   text: TextConfig = field(default_factory=TextConfig)
   fusion: FusionConfig = field(default_factory=FusionConfig)
   joint_width: int = 512  # E, of the contrastive space
-  joint_projection: Literal["mlp", "linear", "none"] = "mlp"  # into that
-  # space; linear: one matrix and bias, as in MaskVLM; none: it is that of the
-  # class states, which SCL and GLSCL transform before [choice]
+  joint_projection: Literal["mlp", "linear", "matrix", "none"] = "mlp"  # into
+  # that space; linear: one matrix and bias, as in MaskVLM; matrix: without
+  # bias, as in CoCa; none: it is that of the class states, which SCL and GLSCL
+  # transform before [choice]
   match_features: Literal["pooled", "product", "concat"] = "pooled"  # what ITM
   # reads of the two fused class states: pooled, in SCL and GLSCL; their product
   # [uncertain] or both side by side [choice], in MaskVLM
@@ -252,10 +259,23 @@ class MaskingConfig:
   image_block_ratio: float = 0.6  # of MIM: share of the blocks, rounded up
   image_block_size: int = 32  # of MIM, pixels a side: whole patches, 36 for
   # patches of 18
+  # SyCoCa: all patches ordered by how much the caption speaks of them.
+  split: Literal["attentive", "random"] = "attentive"  # random: in any order
+  r_high: float = 0.5  # share that TG-MIM hides, from the top [paper]
+  r_low: float = 0.5  # share that IC does without, from the bottom [paper]
+  ic_mask: bool = True  # False: IC reads all patches, as in CoCa
+  mim_mask_level: Literal["input", "feature"] = "input"  # where TG-MIM hides:
+  # feature: where the encoder ends, without a second pass [choice]
+  mask_warmup_steps: int = 0  # before them the order is random [choice]
+  attentive_empty: Literal["random", "order"] = "random"  # captions without a
+  # word: in any order [choice], or as patches are numbered
 
   def __post_init__(self):
+    _check_not_negative(self, "mask_warmup_steps")
     _check_ratio(
       self,
+      "r_high",
+      "r_low",
       "mlm_rate",
       "completion_text_rate",
       "image_drop_ratio",
@@ -280,8 +300,10 @@ class ObjectiveConfig:
   mltc_image: float = 0.2
   mltc_text: float = 0.2
   mim: float = 0.0
-  mim_loss: Literal["l1", "l2"] = "l1"  # of a pixel value
+  mim_loss: Literal["l1", "l2"] = "l1"  # of a pixel value; of TG-MIM too
   mim_patch_norm: bool = False  # targets with mean 0 and variance 1 a patch
+  ic: float = 0.0
+  tg_mim: float = 0.0
   completion_temperature: float = 0.03  # fixed, MGSC and MLTC
   completion_targets: Literal["partner_masked", "clean"] = "partner_masked"
   # where one modality is complete: in the pass that masks the other [code], or
@@ -353,7 +375,11 @@ SYSTEM_OBJECTIVES = {
     "mltc_text",
   ),
   "maskvlm": ("mlm", "mim", "itc", "itm"),
+  "sycoca": ("itc", "ic", "tg_mim"),
 }
+# Rows of the text's position table besides those of the tokens: RoBERTa's two
+# first ones, the class token of CoCa.
+SPARE_POSITIONS = {"glscl": 2, "maskvlm": 2, "sycoca": 1}
 OBJECTIVES = tuple(
   dict.fromkeys(name for own in SYSTEM_OBJECTIVES.values() for name in own)
 )
@@ -519,7 +545,7 @@ class TrainConfig:
 class Config:
   """One run."""
 
-  system: Literal["glscl", "maskvlm"] = "glscl"
+  system: Literal["glscl", "maskvlm", "sycoca"] = "glscl"
   model: ModelConfig = field(default_factory=ModelConfig)
   masking: MaskingConfig = field(default_factory=MaskingConfig)
   objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -570,27 +596,47 @@ def _check_system(config: Config) -> None:
       f"{getattr(config.objectives, name):g}, but the objectives of system"
       f" {config.system!r} are {', '.join(own)}; set it to 0",
     )
-  features = {"glscl": ("pooled",), "maskvlm": ("product", "concat")}
+  features = {
+    "glscl": ("pooled",),
+    "maskvlm": ("product", "concat"),
+    "sycoca": ("pooled",),  # matches no pairs
+  }
   _check(
     config.model.match_features in features[config.system],
     "model.match_features",
     f"{config.model.match_features!r}, but system {config.system!r} knows"
     f" {', '.join(features[config.system])}",
   )
+  text, spare = config.model.text, SPARE_POSITIONS[config.system]
+  needed = text.max_length + spare
+  _check(
+    text.num_positions >= needed,
+    "model.text.num_positions",
+    f"must be at least max_length + {spare} = {needed}",
+  )
+  if config.system in ("maskvlm", "sycoca"):
+    _check_widths(config)
   if config.system == "maskvlm":
     _check_maskvlm(config)
+  if config.system == "sycoca":
+    _check_sycoca(config)
 
 
-def _check_maskvlm(config: Config) -> None:
-  """Its encoders meet without a transform; it draws pairs from the batch."""
+def _check_widths(config: Config) -> None:
+  """Encoders that meet without a transform."""
   model = config.model
   for name in ("vision", "text"):
     width = getattr(model, name).width
     _check(
       width == model.fusion.width,
       f"model.{name}.width",
-      f"{width}, but system 'maskvlm' needs fusion.width {model.fusion.width}",
+      f"{width}, but system {config.system!r} needs fusion.width"
+      f" {model.fusion.width}",
     )
+
+
+def _check_maskvlm(config: Config) -> None:
+  """It draws pairs from the batch."""
   _check(
     config.objectives.share_text_dropout,
     "objectives.share_text_dropout",
@@ -600,6 +646,39 @@ def _check_maskvlm(config: Config) -> None:
     config.objectives.itm_negatives != "dataset",
     "objectives.itm_negatives",
     "'dataset', but system 'maskvlm' knows in_batch, hard",
+  )
+
+
+def _check_sycoca(config: Config) -> None:
+  """Its towers are CoCa's; ITC's space orders the patches."""
+  model, masking, objectives = config.model, config.masking, config.objectives
+  for path, value, only in (
+    ("model.text.dropout", model.text.dropout, 0.0),
+    ("model.fusion.dropout", model.fusion.dropout, 0.0),
+    ("model.text.embedding_norm", model.text.embedding_norm, False),
+    ("model.text.class_state", model.text.class_state, "token"),
+  ):
+    _check(
+      value == only, path, f"{value!r}, but system 'sycoca' knows {only!r} only"
+    )
+  masks_ic = objectives.ic > 0 and masking.ic_mask
+  _check(
+    masking.split == "random"
+    or objectives.itc > 0
+    or not (masks_ic or objectives.tg_mim > 0),
+    "masking.split",
+    "'attentive' orders patches by ITC similarity and needs objectives.itc > 0",
+  )
+  num_patches = model.vision.num_patches
+  _check(
+    objectives.tg_mim == 0 or masking.r_high * num_patches >= 0.5,
+    "masking.r_high",
+    f"{masking.r_high} of {num_patches} patches is none to predict",
+  )
+  _check(
+    not masks_ic or (1 - masking.r_low) * num_patches > 0.5,
+    "masking.r_low",
+    f"{masking.r_low} of {num_patches} patches leaves none to describe",
   )
 
 
@@ -663,6 +742,62 @@ def maskvlm_defaults() -> Config:
       final_fraction=0.1,  # down to 3e-5 [uncertain]
       weight_decay=0.05,  # [uncertain]
       beta2=0.999,  # [choice]
+    ),
+  )
+
+
+def sycoca_defaults() -> Config:
+  """SyCoCa at the paper's size; the fields' own defaults are GLSCL's.
+
+  CoCa: `objectives.tg_mim` 0 and `masking.ic_mask` off. CLIP: `objectives.ic`
+  0 too.
+  """
+  weights = {name: 0.0 for name in OBJECTIVES}
+  return Config(
+    system="sycoca",
+    model=ModelConfig(
+      vision=VisionConfig(  # ViT-B/18 of open_clip's CoCa
+        image_size=288,  # [uncertain]
+        patch_size=18,
+        depth=12,
+        activation="gelu",
+        init="coca",
+        mask_token_std=0.02,  # [choice]
+      ),
+      text=TextConfig(  # open_clip's
+        vocab_size=49408,
+        max_length=76,
+        num_positions=77,
+        place_std=0.01,
+        embedding_norm=False,
+        dropout=0.0,
+      ),
+      fusion=FusionConfig(
+        text_depth=12,  # of the caption decoder, open_clip's
+        image_depth=4,  # of the image decoder [choice]
+        norm_eps=1e-5,
+        dropout=0.0,
+      ),
+      joint_projection="matrix",
+      joint_width=512,
+    ),
+    objectives=ObjectiveConfig(
+      **weights | {"itc": 1.0, "ic": 2.0, "tg_mim": 1.0},  # [paper]
+      mim_loss="l2",  # [choice]; of pixels [paper]
+      mim_patch_norm=True,  # [choice]
+      itc_temperature_range=(0.01, 1.0),  # open_clip's
+    ),
+    data=DataConfig(
+      batch_size=2048,  # [paper]
+      augment=AugmentConfig(crop_scale=(0.9, 1.0), hflip="off"),  # [choice]
+    ),
+    optimizer=OptimizerConfig(  # [choice]
+      learning_rate=5e-4,
+      fusion_multiplier=1.0,
+      head_multiplier=1.0,
+      schedule="cosine",
+      weight_decay=0.2,
+      eps=1e-6,
     ),
   )
 

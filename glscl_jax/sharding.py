@@ -31,17 +31,19 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
   (r".*mlp/fc1/bias", P("tensor")),
   (r".*mlp/fc2/kernel", P("tensor", "fsdp")),
   (r"text/(word|position|type)_embedding", P(None, "fsdp")),
+  (r"image_positions/value", P(None, "fsdp")),
   (r"vision/(patch_kernel|position_embedding)", P(None, "fsdp")),
   (r"vision/stem/.*(join|conv[12])/kernel", P(None, "fsdp")),
   (r"fusion/(text|image)_(transform|pooler)/kernel", P(None, "fsdp")),
   (r"(mlm_head/fc1|.*_projection(/fc[12])?)/kernel", P(None, "fsdp")),
   # By width: the vocabulary (50265) has no factor to split it by.
-  (r"(mlm_head/fc2|(match|pixel)_head/fc)/kernel", P("fsdp", None)),
+  (r"(mlm_head/fc2|(match|pixel|caption)_head/fc)/kernel", P("fsdp", None)),
   (r".*(norm\d?|ln_(pre|post))/(scale|bias)", P()),
   (r".*(attention/out|mlp/fc2)/bias", P()),
   (r".*(_transform|_pooler|_head/fc\d?|_projection(/fc[12])?)/bias", P()),
-  (r"vision/(class_embedding|patch_bias|mask_token/value)", P()),
-  (r"(temperature|fusion/type_embedding)/value", P()),
+  (r"vision/(patch_bias|mask_token/value)", P()),
+  (r"(vision|text)/class_embedding", P()),
+  (r"(temperature|logit_scale|fusion/type_embedding)/value", P()),
 )
 
 

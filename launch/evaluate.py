@@ -281,6 +281,8 @@ def evaluate(
   The protocols share captions and views: a split is encoded once.
   """
   ((captions, views),) = {(p.captions, p.views) for p in protocols}
+  if any(protocol.fuses for protocol in protocols):
+    retrieval.check_fuses(model.config)
   text_tokenizer = tokenizer.load(model.tokenizer_path)
   tokenizer.check_vocab(model.config, text_tokenizer)
   data = results.identify(data_dir)

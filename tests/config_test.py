@@ -361,7 +361,11 @@ def test_a_mesh_has_at_most_one_open_axis(sizes):
 
 def maskvlm(**values):
   """A ConfigDict of MaskVLM with the values at some dotted paths replaced."""
-  tree = config.to_config_dict(random_pairs.maskvlm())
+  return replaced(random_pairs.maskvlm(), values)
+
+
+def replaced(whole, values):
+  tree = config.to_config_dict(whole)
   for path, value in values.items():
     *sections, name = path.split("__")
     place = tree
@@ -453,6 +457,71 @@ def test_active_objectives_are_those_with_a_weight():
 )
 def test_what_maskvlm_cannot_run_names_its_path(values, told):
   assert maskvlm_error(**values) == told
+
+
+@pytest.mark.parametrize(
+  ("values", "told"),
+  [
+    (
+      {"model__vision__width": 128},
+      "model.vision.width: 128, but system 'sycoca' needs fusion.width 64",
+    ),
+    (
+      {"model__text__dropout": 0.1},
+      "model.text.dropout: 0.1, but system 'sycoca' knows 0.0 only",
+    ),
+    (
+      {"model__fusion__dropout": 0.1},
+      "model.fusion.dropout: 0.1, but system 'sycoca' knows 0.0 only",
+    ),
+    (
+      {"model__text__embedding_norm": True},
+      "model.text.embedding_norm: True, but system 'sycoca' knows False only",
+    ),
+    (
+      {"model__text__class_state": "mean"},
+      "model.text.class_state: 'mean', but system 'sycoca' knows 'token' only",
+    ),
+    (
+      {"model__text__num_positions": 10},
+      "model.text.num_positions: must be at least max_length + 1 = 11",
+    ),
+    (
+      {"objectives__itc": 0.0},
+      "masking.split: 'attentive' orders patches by ITC similarity and needs"
+      " objectives.itc > 0",
+    ),
+    (
+      {"masking__r_high": 0.03},
+      "masking.r_high: 0.03 of 16 patches is none to predict",
+    ),
+    (
+      {"masking__r_low": 0.97},
+      "masking.r_low: 0.97 of 16 patches leaves none to describe",
+    ),
+    (
+      {"objectives__mlm": 1.0},
+      "objectives.mlm: 1, but the objectives of system 'sycoca' are itc, ic,"
+      " tg_mim; set it to 0",
+    ),
+  ],
+  ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_sycoca_cannot_run_names_its_path(values, told):
+  with pytest.raises(config.ConfigError) as caught:
+    config.from_config_dict(replaced(random_pairs.sycoca(), values))
+  assert str(caught.value) == f"config.{told}"
+
+
+def test_what_coca_and_clip_do_not_read_may_have_any_value():
+  tree = replaced(
+    random_pairs.sycoca("itc", "ic"),
+    {"masking__ic_mask": False, "masking__r_low": 0.97},
+  )
+  tree.objectives.itc = 0.0
+  assert config.from_config_dict(tree).objectives.active == ("ic",)
+  tree = replaced(random_pairs.sycoca("itc"), {"masking__r_high": 0.0})
+  assert config.from_config_dict(tree).objectives.active == ("itc",)
 
 
 def test_patches_of_18_pixels_are_hidden_in_blocks_of_36():

@@ -94,23 +94,25 @@ def ranks(score_BB):
 
 
 def scores(config: Config, params, batch: Batch) -> dict[str, np.ndarray]:
-  """Text by image: similarity of vectors, and ITM of all pairs."""
+  """Text by image: similarity of vectors, and ITM of all pairs if there is."""
   system = registry.find(config)
 
   @jax.jit
   def compute(params, batch):
     valid_BT = batch.text_valid_BT
-    x_BTD = system.encode_text(
+    x_BLD = system.encode_text(
       params, batch.text_ids_BT, valid_BT, config=config
     )
     y_BID = system.encode_image(params, batch.image_BYXC, config=config)
-    text_BE = system.text_vectors(params, x_BTD, config=config)
+    text_BE = system.text_vectors(params, x_BLD, config=config)
     image_BE = system.image_vectors(params, y_BID, config=config)
+    found = {"vectors": text_BE @ image_BE.T}
+    if system.match_scores is None:
+      return found
     text, image = np.divmod(np.arange(NUM_PAIRS**2), NUM_PAIRS)
     match = system.match_scores(
-      params, x_BTD[text], valid_BT[text], y_BID[image], config=config
+      params, x_BLD[text], valid_BT[text], y_BID[image], config=config
     )
-    return text_BE @ image_BE.T, match.reshape(NUM_PAIRS, NUM_PAIRS)
+    return found | {"matching": match.reshape(NUM_PAIRS, NUM_PAIRS)}
 
-  similarity, match = compute(params, batch)
-  return {"vectors": np.asarray(similarity), "matching": np.asarray(match)}
+  return jax.tree.map(np.asarray, compute(params, batch))

@@ -32,6 +32,7 @@ def config(
   vision: dict | None = None,
   text: dict | None = None,
   masking: dict | None = None,
+  fusion: dict | None = None,
   system: str = "glscl",
   **model,
 ) -> config_lib.Config:
@@ -61,6 +62,7 @@ def config(
         decoder_depth=depth,
         dropout=dropout,
         restrict_last_layer=model.pop("restrict_last_layer", True),
+        **(fusion or {}),
       ),
       **{
         "joint_width": 32,
@@ -119,6 +121,34 @@ def maskvlm(*names: str, **options) -> config_lib.Config:
   negatives = "hard" if weights["itc"] else "in_batch"
   objectives = {"itm_negatives": negatives, **options.pop("objectives", {})}
   return config(**MASKVLM, objectives=weights | objectives, **options)
+
+
+# SyCoCa: CoCa's towers and decoders.
+SYCOCA = {
+  "system": "sycoca",
+  "vision": {"activation": "gelu", "init": "coca", "mask_token_std": 0.02},
+  "text": {"embedding_norm": False, "place_std": 0.01},
+  "fusion": {"norm_eps": 1e-5},
+  "objectives": {"mim_loss": "l2", "mim_patch_norm": True},
+  "joint_projection": "matrix",
+}
+
+
+def sycoca(*names: str, **options) -> config_lib.Config:
+  """The smallest SyCoCa; `names`: its objectives, by default all.
+
+  Where ITC is missing patches are split at random, or by `masking`.
+  """
+  weights = only(*(names or config_lib.SYSTEM_OBJECTIVES["sycoca"]))
+  split = "attentive" if weights["itc"] else "random"
+  sections = SYCOCA | {"masking": {"split": split}}
+  for name, values in sections.items():
+    if isinstance(values, dict):
+      options[name] = values | options.pop(name, {})
+    else:
+      options.setdefault(name, values)
+  options["objectives"] = weights | options["objectives"]
+  return config(**options)
 
 
 def only(*names: str, **weights: float) -> dict[str, float]:
@@ -242,8 +272,9 @@ def spread_params(
   def draw(path, leaf):
     name = jax.tree_util.keystr(path)
     noise = rng.standard_normal(leaf.shape).astype(np.float32)
-    if "temperature" in name:
-      return np.full(leaf.shape, 0.07, np.float32)
+    if "temperature" in name or "logit_scale" in name:
+      value = 0.07 if "temperature" in name else -np.log(0.07)
+      return np.full(leaf.shape, value, np.float32)
     return 1 + spread * noise if "scale" in name else spread * noise
 
   return jax.tree_util.tree_map_with_path(draw, abstract_params(config))

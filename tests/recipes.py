@@ -11,6 +11,7 @@ ARGUMENTS = {
   "glscl_base": ("ablation",),
   "maskvlm_base": ("ablation",),
   "scl_base": ("ablation",),
+  "sycoca_base": ("ablation", "coca", "clip"),
   "quickstart": ("towers",),
 }
 RECIPES = [

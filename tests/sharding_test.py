@@ -34,11 +34,12 @@ def shapes(config):
 
 @pytest.fixture(scope="module")
 def every_part(base):
-  """GLSCL's, those that only some recipes have, and MaskVLM's."""
+  """GLSCL's, those that only some recipes have, MaskVLM's and SyCoCa's."""
   return (
     base
     | shapes(random_pairs.config(**random_pairs.SMALL_DATA))
     | shapes(random_pairs.maskvlm(depth=2))
+    | shapes(random_pairs.sycoca(depth=2))
   )
 
 

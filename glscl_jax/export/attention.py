@@ -99,8 +99,8 @@ def _make_program(config: config_lib.Config) -> Callable[..., jax.Array]:
 
   def run(params, image_BYXC, ids_BT, valid_BT):
     y_BID = system.encode_image(params, image_BYXC, config=config)
-    x_BTD = system.encode_text(params, ids_BT, valid_BT, config=config)
-    return system.cross_attention(params, x_BTD, valid_BT, y_BID, config=config)
+    x_BLD = system.encode_text(params, ids_BT, valid_BT, config=config)
+    return system.cross_attention(params, x_BLD, valid_BT, y_BID, config=config)
 
   return jax.jit(run)
 

@@ -1,4 +1,4 @@
-"""Multi-head attention: self, cross, padded keys."""
+"""Multi-head attention: self, cross, causal, padded keys."""
 
 from __future__ import annotations
 
@@ -18,14 +18,21 @@ def probabilities(
   valid_BM: jax.Array | None,
   *,
   dtype: str,
+  causal: bool = False,
 ) -> jax.Array:
-  """softmax(q k^T / sqrt(K)) in float32; invalid keys get exactly zero."""
+  """softmax(q k^T / sqrt(K)) in float32; invalid keys get exactly zero.
+
+  `causal`: so do the keys after the query's own place.
+  """
   scale = q_BHLK.shape[-1] ** -0.5
   logits_BHLM = products.batched_dot(
     "BHLK,BHMK->BHLM", q_BHLK * scale, k_BHMK, dtype=dtype
   )
   if valid_BM is not None:
     logits_BHLM = jnp.where(valid_BM[:, None, None, :], logits_BHLM, MASKED)
+  if causal:
+    seen_LM = jnp.tril(jnp.ones(logits_BHLM.shape[2:], bool))
+    logits_BHLM = jnp.where(seen_LM[None, None], logits_BHLM, MASKED)
   return jax.nn.softmax(logits_BHLM, axis=-1)
 
 
@@ -39,6 +46,7 @@ class Attention(nn.Module):
   dropout: float = 0.0
   qkv_init: layers.Initializer = nn.initializers.normal(0.02)
   out_init: layers.Initializer = nn.initializers.normal(0.02)
+  causal: bool = False
 
   @nn.compact
   def __call__(
@@ -63,6 +71,7 @@ class Attention(nn.Module):
       heads("key", context_BMD),
       valid_BM,
       dtype=self.dtype,
+      causal=self.causal,
     )
     if return_probabilities:
       return p_BHLM

@@ -1,13 +1,14 @@
-"""Cross-attention stacks: one modality asks, the other answers (MaskVLM).
+"""Cross-attention stacks: one modality asks, the other answers.
 
-The queries pass `depth` post_cross blocks; the context is the other encoder's
-output, the same for all blocks. g_image, g_text and the pixel decoder are such
-stacks.
+The queries pass `depth` blocks; the context is the other encoder's output, the
+same for all blocks. MaskVLM's g_image, g_text and pixel decoder are such
+stacks of post_cross blocks, SyCoCa's decoders of coca and pre_cross blocks.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -25,10 +26,11 @@ class CrossStack(nn.Module):
 
   config: ModelConfig
   depth: int
+  make_block: Callable[..., nn.Module] | None = None  # None: post_cross
 
   def setup(self):
     fusion = self.config.fusion
-    make_block = functools.partial(
+    make_block = self.make_block or functools.partial(
       transformer.PostCrossBlock,
       fusion.width,
       self.config.compute_dtype,
@@ -48,7 +50,7 @@ class CrossStack(nn.Module):
   def body(
     self,
     x_BLD: jax.Array,
-    context_BMD: jax.Array,
+    context_BMD: jax.Array | None,
     valid_BL: jax.Array | None,
     context_valid_BM: jax.Array | None,
   ) -> jax.Array:
@@ -60,14 +62,16 @@ class CrossStack(nn.Module):
   def head(
     self,
     x_BLD: jax.Array,
-    context_BMD: jax.Array,
+    context_BMD: jax.Array | None,
     valid_BL: jax.Array | None,
     context_valid_BM: jax.Array | None,
     rows_BQ: jax.Array | None = None,
   ) -> jax.Array:
     """The last block on the states of `body`, for all rows or some."""
     states = x_BLD, context_BMD, valid_BL, context_valid_BM
-    if self.config.fusion.restrict_last_layer or rows_BQ is None:
+    if rows_BQ is None:
+      return self.last(*states)
+    if self.config.fusion.restrict_last_layer:
       return self.last(*states, rows_BQ)
     return layers.take_rows(self.last(*states), rows_BQ)
 

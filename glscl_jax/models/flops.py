@@ -94,9 +94,12 @@ def co_attention(text_length: int, image_length: int, width: int) -> int:
 def joint_projection(kind: str, width: int, joint_width: int) -> int:
   """The ITC head of one modality, by `model.joint_projection`."""
   last = linear(1, width, joint_width)
-  return {"mlp": linear(1, width, width) + last, "linear": last, "none": 0}[
-    kind
-  ]
+  return {
+    "mlp": linear(1, width, width) + last,
+    "linear": last,
+    "matrix": last,
+    "none": 0,
+  }[kind]
 
 
 def vocabulary_head(rows: int, width: int, vocab_size: int) -> int:

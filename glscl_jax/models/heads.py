@@ -50,6 +50,14 @@ def make_projection(config: ModelConfig) -> Callable[[jax.Array], jax.Array]:
   """
   if config.joint_projection == "mlp":
     return JointProjection(config.joint_width, config.compute_dtype)
+  if config.joint_projection == "matrix":
+    return layers.Dense(
+      config.joint_width,
+      config.compute_dtype,
+      use_bias=False,
+      kernel_init=nn.initializers.normal(config.fusion.width**-0.5),
+      out_dtype="float32",
+    )
   if config.joint_projection == "linear":
     return layers.Dense(
       config.joint_width,
@@ -100,6 +108,28 @@ class LinearHead(nn.Module):
       name="fc",
     )
     return dense(x)
+
+
+class NormHead(nn.Module):
+  """LN, then one matrix to `features` values: a decoder's end (SyCoCa)."""
+
+  features: int
+  dtype: str
+  init_std: float
+  eps: float
+  use_bias: bool
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    dense = layers.Dense(
+      self.features,
+      self.dtype,
+      self.use_bias,
+      kernel_init=nn.initializers.normal(self.init_std),
+      out_dtype="float32",
+      name="fc",
+    )
+    return dense(layers.LayerNorm(self.eps, name="norm")(x))
 
 
 def make_match_head(config: ModelConfig) -> LinearHead:

@@ -1,4 +1,7 @@
-"""Text encoder of SCL and GLSCL: RoBERTa (1907.11692)."""
+"""Text encoders: RoBERTa (1907.11692), and the causal one of CoCa.
+
+RoBERTa: SCL, GLSCL, MaskVLM. Causal: SyCoCa, CoCa, CLIP.
+"""
 
 from __future__ import annotations
 
@@ -64,3 +67,62 @@ class TextEncoder(nn.Module):
     if text.class_state == "mean":
       y_BTD = layers.put_mean_first(y_BTD, valid_BT)
     return y_BTD
+
+
+class CausalTextEncoder(nn.Module):
+  """Token ids to states, (B, T + 1, D): a token sees itself and those before.
+
+  The last row is the class: a learned vector appended after the padding, which
+  sees all valid tokens. Padding is seen by nobody. Tokens read the rows 0, 1,
+  .. of the position table, the class its last one, so that the length of the
+  padding does not matter. States are those before `finish`.
+  """
+
+  config: ModelConfig
+
+  def setup(self):
+    text = self.config.text
+    word_std = self.config.init_std
+    place_std = word_std if text.place_std is None else text.place_std
+
+    def table(name: str, std: float, *shape: int) -> jax.Array:
+      return self.param(name, nn.initializers.normal(std), shape)
+
+    self.word_VD = table(
+      "word_embedding", word_std, text.vocab_size, text.width
+    )
+    self.place_LD = table(
+      "position_embedding", place_std, text.num_positions, text.width
+    )
+    self.class_D = table("class_embedding", place_std, text.width)
+    self.norm = layers.LayerNorm(text.norm_eps)
+    self.blocks = transformer.Stack(
+      functools.partial(
+        transformer.PreBlock,
+        width=text.width,
+        dtype=self.config.compute_dtype,
+        eps=text.norm_eps,
+        activation="gelu",
+        zero_residual=self.config.zero_residual,
+        causal=True,
+        parent=None,
+        **transformer.coca_initializers(text.width, text.depth),
+      ),
+      text.depth,
+      self.config.scan,
+      self.config.remat,
+    )
+
+  def __call__(self, ids_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
+    batch, length = ids_BT.shape
+    word_BTD = self.word_VD[ids_BT] + self.place_LD[None, :length]
+    class_11D = (self.class_D + self.place_LD[-1])[None, None]
+    class_B1D = jnp.broadcast_to(class_11D, (batch, 1, class_11D.shape[2]))
+    x_BLD = jnp.concatenate([word_BTD, class_B1D], axis=1)
+    valid_BL = jnp.pad(valid_BT, ((0, 0), (0, 1)), constant_values=True)
+    dtype = products.activation_dtype(self.config.compute_dtype)
+    return self.blocks(x_BLD.astype(dtype), valid_BL)
+
+  def finish(self, x: jax.Array) -> jax.Array:
+    """LN_final of some rows of the states: what contrast compares."""
+    return self.norm(x)

@@ -21,8 +21,21 @@ def example_token(width: int, dtype: str) -> jax.Array:
   return jnp.zeros((1, 1, width), products.activation_dtype(dtype))
 
 
+def coca_initializers(width: int, depth: int) -> dict[str, layers.Initializer]:
+  """CLIP's normals, as open_clip's CoCa has them, for `depth` blocks.
+
+  The last matrix of each residual branch is smaller the deeper the stack.
+  """
+  normal = nn.initializers.normal
+  return {
+    "qkv_init": normal(width**-0.5),
+    "kernel_init": normal((2 * width) ** -0.5),
+    "out_init": normal((width * 2 * max(depth, 1)) ** -0.5),
+  }
+
+
 class PreBlock(nn.Module):
-  """`pre`: x += MHA(LN x); x += W2 act(W1 LN x)  (all ViTs)."""
+  """`pre`: x += MHA(LN x); x += W2 act(W1 LN x)  (all ViTs, CoCa's text)."""
 
   width: int
   dtype: str
@@ -31,16 +44,26 @@ class PreBlock(nn.Module):
   zero_residual: bool = False
   qkv_init: layers.Initializer | None = None  # None: CLIP's, by the width
   kernel_init: layers.Initializer = nn.initializers.xavier_uniform()
+  out_init: layers.Initializer | None = None  # of the last matrix of each
+  # branch; None: as the others
+  causal: bool = False
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array) -> jax.Array:
+  def __call__(
+    self, x_BLD: jax.Array, valid_BL: jax.Array | None = None
+  ) -> jax.Array:
     kernel_init = self.kernel_init
-    last_init = nn.initializers.zeros if self.zero_residual else kernel_init
+    out_init = self.out_init or kernel_init
+    last_init = nn.initializers.zeros if self.zero_residual else out_init
     qkv_init = self.qkv_init or nn.initializers.normal(self.width**-0.5)
     h_BLD = layers.LayerNorm(self.eps, name="norm1")(x_BLD)
     x_BLD += attention.Attention(
-      self.dtype, qkv_init=qkv_init, out_init=last_init, name="attention"
-    )(h_BLD, h_BLD)
+      self.dtype,
+      qkv_init=qkv_init,
+      out_init=last_init,
+      causal=self.causal,
+      name="attention",
+    )(h_BLD, h_BLD, valid_BL)
     h_BLD = layers.LayerNorm(self.eps, name="norm2")(x_BLD)
     return x_BLD + layers.Mlp(
       self.dtype,
@@ -143,6 +166,128 @@ class PostCrossBlock(nn.Module):
     q_BQD = x_BLD if rows_BQ is None else layers.take_rows(x_BLD, rows_BQ)
     mixed_BQD = self.self_attention(q_BQD, x_BLD, valid_BL)
     return self.norm1(q_BQD + self.drop(mixed_BQD))
+
+
+class CocaBlock(nn.Module):
+  """`coca`: self-attention, MLP, cross-attention, MLP, each x += f(LN x).
+
+  Self-attention is causal; the context has a norm of its own. The caption
+  decoder of CoCa (2205.01917), as open_clip builds it.
+  """
+
+  width: int
+  dtype: str
+  eps: float
+  qkv_init: layers.Initializer
+  kernel_init: layers.Initializer
+  out_init: layers.Initializer
+
+  def setup(self):
+    maps = {"qkv_init": self.qkv_init, "out_init": self.out_init}
+    self.self_attention = attention.Attention(self.dtype, causal=True, **maps)
+    self.cross_attention = attention.Attention(self.dtype, **maps)
+    self.mlp, self.cross_mlp = (
+      layers.Mlp(
+        self.dtype, kernel_init=self.kernel_init, out_init=self.out_init
+      )
+      for _ in range(2)
+    )
+    self.self_norm = layers.LayerNorm(self.eps)
+    self.mlp_norm = layers.LayerNorm(self.eps)
+    self.query_norm = layers.LayerNorm(self.eps)
+    self.context_norm = layers.LayerNorm(self.eps)
+    self.cross_mlp_norm = layers.LayerNorm(self.eps)
+
+  def __call__(
+    self,
+    x_BLD: jax.Array,
+    context_BMD: jax.Array,
+    valid_BL: jax.Array | None,
+    context_valid_BM: jax.Array | None,
+  ) -> jax.Array:
+    x_BLD = self._read_text(x_BLD, valid_BL)
+    x_BLD += self.cross_attention(
+      self.query_norm(x_BLD), self.context_norm(context_BMD), context_valid_BM
+    )
+    return x_BLD + self.cross_mlp(self.cross_mlp_norm(x_BLD))
+
+  def cross_probabilities(
+    self,
+    x_BLD: jax.Array,
+    context_BMD: jax.Array,
+    valid_BL: jax.Array | None,
+    context_valid_BM: jax.Array | None,
+  ) -> jax.Array:
+    """Softmax of the cross-attention, (B, H, L, M)."""
+    return self.cross_attention(
+      self.query_norm(self._read_text(x_BLD, valid_BL)),
+      self.context_norm(context_BMD),
+      context_valid_BM,
+      return_probabilities=True,
+    )
+
+  def example(self) -> tuple[Any, ...]:
+    """Smallest inputs, to create parameters."""
+    token_11D = example_token(self.width, self.dtype)
+    return token_11D, token_11D, None, None
+
+  def _read_text(self, x_BLD, valid_BL):
+    h_BLD = self.self_norm(x_BLD)
+    x_BLD += self.self_attention(h_BLD, h_BLD, valid_BL)
+    return x_BLD + self.mlp(self.mlp_norm(x_BLD))
+
+
+class PreCrossBlock(nn.Module):
+  """`pre_cross`: self-attention, cross-attention, MLP, each x += f(LN x).
+
+  The context has a norm of its own. With `cross` off there is no
+  cross-attention and no context. `rows_BQ` as in `PostCrossBlock`.
+  """
+
+  width: int
+  dtype: str
+  eps: float
+  qkv_init: layers.Initializer
+  kernel_init: layers.Initializer
+  out_init: layers.Initializer
+  cross: bool = True
+
+  def setup(self):
+    maps = {"qkv_init": self.qkv_init, "out_init": self.out_init}
+    self.self_attention = attention.Attention(self.dtype, **maps)
+    self.mlp = layers.Mlp(
+      self.dtype, kernel_init=self.kernel_init, out_init=self.out_init
+    )
+    self.self_norm = layers.LayerNorm(self.eps)
+    self.mlp_norm = layers.LayerNorm(self.eps)
+    if self.cross:
+      self.cross_attention = attention.Attention(self.dtype, **maps)
+      self.query_norm = layers.LayerNorm(self.eps)
+      self.context_norm = layers.LayerNorm(self.eps)
+
+  def __call__(
+    self,
+    x_BLD: jax.Array,
+    context_BMD: jax.Array | None,
+    valid_BL: jax.Array | None,
+    context_valid_BM: jax.Array | None,
+    rows_BQ: jax.Array | None = None,
+  ) -> jax.Array:
+    h_BLD = self.self_norm(x_BLD)
+    x_BQD, q_BQD = x_BLD, h_BLD
+    if rows_BQ is not None:
+      x_BQD, q_BQD = (layers.take_rows(a, rows_BQ) for a in (x_BLD, h_BLD))
+    x_BQD += self.self_attention(q_BQD, h_BLD, valid_BL)
+    if self.cross:
+      x_BQD += self.cross_attention(
+        self.query_norm(x_BQD), self.context_norm(context_BMD), context_valid_BM
+      )
+    return x_BQD + self.mlp(self.mlp_norm(x_BQD))
+
+  def example(self) -> tuple[Any, ...]:
+    """Smallest inputs, to create parameters."""
+    token_11D = example_token(self.width, self.dtype)
+    return token_11D, token_11D if self.cross else None, None, None
 
 
 REMAT_POLICIES = {

@@ -55,6 +55,8 @@ class Initializers:
   table: layers.Initializer  # class token and positions
   qkv: layers.Initializer
   kernel: layers.Initializer  # the other matrices of the blocks
+  out: layers.Initializer | None = None  # the last one of each branch; None:
+  # as `kernel`
 
 
 def make_initializers(config: ModelConfig) -> Initializers:
@@ -64,8 +66,19 @@ def make_initializers(config: ModelConfig) -> Initializers:
     return Initializers(
       patches=truncated, table=truncated, qkv=truncated, kernel=truncated
     )
-  xavier = nn.initializers.xavier_uniform()
   normal = nn.initializers.normal(config.vision.width**-0.5)
+  if config.vision.init == "coca":
+    block = transformer.coca_initializers(
+      config.vision.width, config.vision.depth
+    )
+    return Initializers(
+      patches=layers.uniform_fan_in,
+      table=normal,
+      qkv=block["qkv_init"],
+      kernel=block["kernel_init"],
+      out=block["out_init"],
+    )
+  xavier = nn.initializers.xavier_uniform()
   return Initializers(patches=xavier, table=normal, qkv=normal, kernel=xavier)
 
 
@@ -117,6 +130,7 @@ class VisionEncoder(nn.Module):
         zero_residual=self.config.zero_residual,
         qkv_init=inits.qkv,
         kernel_init=inits.kernel,
+        out_init=inits.out,
         parent=None,
       ),
       vision.depth,
@@ -152,9 +166,13 @@ class VisionEncoder(nn.Module):
     x_BLD = jnp.concatenate([class_B1D, x_BID], axis=1)
     return x_BLD + self.position_LD[None].astype(x_BID.dtype)
 
+  def put_token(self, x_BID: jax.Array, tok_idx_BJ: jax.Array) -> jax.Array:
+    """Puts the learned mask token in place of the patches `tok_idx_BJ`."""
+    return replace_patches(x_BID, tok_idx_BJ, self.mask_token())
+
   def hide(self, x_BID: jax.Array, tok_idx_BJ: jax.Array) -> jax.Array:
     """As `complete`, with the patches `tok_idx_BJ` replaced by a token."""
-    return self.complete(replace_patches(x_BID, tok_idx_BJ, self.mask_token()))
+    return self.complete(self.put_token(x_BID, tok_idx_BJ))
 
   def drop(self, x_BID: jax.Array, keep_idx_BJ: jax.Array) -> jax.Array:
     """As `complete`, with only the patches `keep_idx_BJ`, (B, 1 + J, D)."""

@@ -1,7 +1,7 @@
 """FLOPs of a training step for one sample.
 
 A step counts as three forward passes: the backward pass computes a product
-for the gradient of each operand. A last fusion layer that only targets read
+for the gradient of each operand. What only targets or masks read
 (stop-gradient) counts once. Recomputation (remat) is not work of the model and
 does not count, and neither do the similarities of the contrastive losses,
 which are below 0.1 % at paper size.
@@ -22,7 +22,7 @@ class Forward:
   text: float
   fusion: float
   heads: float
-  targets: float = 0.0  # part of fusion that only targets read: no backward
+  targets: float = 0.0  # part that only targets read: no backward
 
   @property
   def total(self) -> float:

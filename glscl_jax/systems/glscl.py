@@ -435,7 +435,12 @@ def _step(
 
 
 def loss(
-  params: Params, batch: Batch, *, config: Config, key: jax.Array
+  params: Params,
+  batch: Batch,
+  *,
+  config: Config,
+  key: jax.Array,
+  step: jax.Array | int | None = None,
 ) -> LossOutput:
   """The weighted sum of the active objectives on one global batch.
 
@@ -445,6 +450,7 @@ def loss(
     config: the run's; `train.seed` is not read here.
     key: dropout and in-batch negatives of this step. None of both is drawn
       when dropout is 0 and negatives come from the data set.
+    step: not read here.
   """
   dropout_key, draw_key = jax.random.split(key)
   return Towers(config.model).apply(

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from glscl_jax.config import Config
 from glscl_jax.data import masking
-from glscl_jax.models import products, stem
-from glscl_jax.models.vision import VisionEncoder
+from glscl_jax.models import products, stem, vision
 from glscl_jax.systems import views
 from glscl_jax.types import Batch
 
@@ -32,7 +31,7 @@ def normalize_images(image_BYXC: jax.Array, config: Config) -> jax.Array:
 
 
 def embed_versions(
-  encoder: VisionEncoder,
+  encoder: vision.VisionEncoder,
   image_BYXC: jax.Array,
   visible: Mapping[str, jax.Array | None],
 ) -> dict[str, jax.Array]:
@@ -46,14 +45,14 @@ def embed_versions(
     image_BYXC: normalised.
     visible: version -> (B, I) bool, which patches it shows; None: all.
   """
-  vision = encoder.config.vision
-  if not vision.stem:
+  sizes = encoder.config.vision
+  if not sizes.stem:
     return dict.fromkeys(visible, encoder.embed(image_BYXC))
 
   def without_hidden(visible_BI: jax.Array | None) -> jax.Array:
     if visible_BI is None:
       return image_BYXC
-    return stem.blank(image_BYXC, visible_BI, vision.patch_size)
+    return stem.blank(image_BYXC, visible_BI, sizes.patch_size)
 
   return views.batch_by_shape(
     encoder.embed,
@@ -61,18 +60,25 @@ def embed_versions(
   )
 
 
+def pixel_targets(image_BYXC: jax.Array, config: Config) -> jax.Array:
+  """The patches of the image as the encoder sees it, float32, (B, I, P)."""
+  return vision.patchify(
+    standardize_images(image_BYXC, config), config.model.vision.patch_size
+  )
+
+
 def example_batch(config: Config) -> Batch:
   """A batch of two samples with the shapes of the real one, all zeros."""
-  vision, text, mask = config.model.vision, config.model.text, config.masking
-  num_kept = masking.num_kept(vision.num_patches, mask.image_drop_ratio)
-  num_tok = masking.num_hidden(vision.num_patches, mask.image_token_ratio)
+  image, text, mask = config.model.vision, config.model.text, config.masking
+  num_kept = masking.num_kept(image.num_patches, mask.image_drop_ratio)
+  num_tok = masking.num_hidden(image.num_patches, mask.image_token_ratio)
   num_block = masking.num_block_patches(
-    vision.image_size,
-    vision.patch_size,
+    image.image_size,
+    image.patch_size,
     block_size=mask.image_block_size,
     ratio=mask.image_block_ratio,
   )
-  size = vision.image_size
+  size = image.image_size
   ids_BT = jnp.zeros((2, text.max_length), jnp.int32)
   valid_BT = jnp.ones((2, text.max_length), bool)
   pos_BJ = jnp.zeros((2, 1), jnp.int32)

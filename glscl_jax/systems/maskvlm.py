@@ -256,7 +256,7 @@ def _mim(context: Context) -> terms.Term:
   decoded_BJD = decode(context.model, batch, context.encoded, context.images)
   loss = masked_regression.masked_regression(
     context.model.pixel_head(decoded_BJD),
-    pixel_targets(batch.image_BYXC, config),
+    inputs.pixel_targets(batch.image_BYXC, config),
     batch.block_idx_BI,
     loss=config.objectives.mim_loss,
     patch_norm=config.objectives.mim_patch_norm,
@@ -274,14 +274,6 @@ def decode(
   context = encoded.texts["full"], None, batch.text_valid_BT
   h_BID = model.decoder.body(images["mim"], *context)
   return model.decoder.head(h_BID, *context, batch.block_idx_BI)
-
-
-def pixel_targets(image_BYXC: jax.Array, config: Config) -> jax.Array:
-  """The patches of the image as the encoder sees it, float32, (B, I, P)."""
-  return vision.patchify(
-    inputs.standardize_images(image_BYXC, config),
-    config.model.vision.patch_size,
-  )
 
 
 def _itm(context: Context) -> terms.Term:
@@ -335,7 +327,12 @@ def _step(
 
 
 def loss(
-  params: Params, batch: Batch, *, config: Config, key: jax.Array
+  params: Params,
+  batch: Batch,
+  *,
+  config: Config,
+  key: jax.Array,
+  step: jax.Array | int | None = None,
 ) -> LossOutput:
   """The weighted sum of the active objectives on one global batch.
 
@@ -344,6 +341,7 @@ def loss(
     batch: with the masks that the active objectives need.
     config: the run's; `train.seed` is not read here.
     key: dropout and negatives of this step.
+    step: not read here.
   """
   dropout_key, draw_key = jax.random.split(key)
   return MaskVLM(config.model).apply(

@@ -13,7 +13,14 @@ from collections.abc import Callable
 import jax
 
 from glscl_jax.config import Config
-from glscl_jax.systems import glscl, glscl_flops, maskvlm, maskvlm_flops
+from glscl_jax.systems import (
+  glscl,
+  glscl_flops,
+  maskvlm,
+  maskvlm_flops,
+  sycoca,
+  sycoca_flops,
+)
 from glscl_jax.systems.flops import Forward
 from glscl_jax.types import LossOutput, Params
 
@@ -24,16 +31,15 @@ class System:
 
   # Training.
   init: Callable[[Config, jax.Array], Params]
-  loss: Callable[..., LossOutput]  # (params, batch, config=, key=)
+  loss: Callable[..., LossOutput]  # (params, batch, config=, key=, step=)
   forward: Callable[[Config], Forward]  # FLOPs
   # Retrieval.
   encode_image: Callable[..., jax.Array]  # (params, image_BYXC)
   encode_text: Callable[..., jax.Array]  # (params, text_ids_BT, text_valid_BT)
   image_vectors: Callable[..., jax.Array]  # (params, y_BID), unit
-  text_vectors: Callable[..., jax.Array]  # (params, x_BTD), unit
-  match_scores: Callable[
-    ..., jax.Array
-  ]  # (params, x_BTD, text_valid_BT, y_BID)
+  text_vectors: Callable[..., jax.Array]  # (params, x_BLD), unit
+  match_scores: Callable[..., jax.Array] | None  # (params, x_BTD,
+  # text_valid_BT, y_BID); None: no image-text matching
   # Report.
   cross_attention: Callable[..., jax.Array]  # as match_scores
   attention_part: str  # parameters that cross_attention needs
@@ -72,6 +78,19 @@ SYSTEMS = {
       f"{config.model.fusion.text_depth} (text), "
       f"{config.model.fusion.decoder_depth} (pixel decoder)"
     ),
+  ),
+  "sycoca": System(
+    init=sycoca.init,
+    loss=sycoca.loss,
+    forward=sycoca_flops.forward,
+    encode_image=sycoca.encode_image,
+    encode_text=sycoca.encode_text,
+    image_vectors=sycoca.image_vectors,
+    text_vectors=sycoca.text_vectors,
+    match_scores=None,
+    cross_attention=sycoca.cross_attention,
+    attention_part="caption_decoder.last",
+    describe_fusion=sycoca.describe_fusion,
   ),
 }
 

@@ -191,11 +191,11 @@ def _make_programs(
     return y_BID if keep else None, image_BE
 
   def encode_texts(params, text_ids_BT, text_valid_BT, *, keep):
-    x_BTD = system.encode_text(
+    x_BLD = system.encode_text(
       params, text_ids_BT, text_valid_BT, config=config
     )
-    text_BE = system.text_vectors(params, x_BTD, config=config)
-    return x_BTD if keep else None, text_BE
+    text_BE = system.text_vectors(params, x_BLD, config=config)
+    return x_BLD if keep else None, text_BE
 
   def match(params, x_ZTD, valid_ZT, y_UID, text_row_B, image_row_B):
     return system.match_scores(
@@ -423,6 +423,20 @@ def _check_head(config: config_lib.Config, name: str, why: str) -> None:
     )
 
 
+def check_fuses(config: config_lib.Config) -> None:
+  """Checks that the model can score pairs, as `Protocol.fuses` asks.
+
+  Raises:
+    RetrievalError: its system matches no pairs, or it was trained without.
+  """
+  if registry.find(config).match_scores is None:
+    raise RetrievalError(
+      f"system {config.system!r} has no image-text matching, which re-ranking "
+      "by itm, itm_plus_itc and full scores by: take none or querybank"
+    )
+  _check_head(config, "itm", "re-ranking scores by it")
+
+
 def _round_to_mesh(size: int, mesh: jax.sharding.Mesh | None) -> int:
   if mesh is None:
     return size
@@ -454,7 +468,7 @@ def fuse(
   Raises:
     RetrievalError: encodings without tokens, or a model without ITM head.
   """
-  _check_head(config, "itm", "re-ranking scores by it")
+  check_fuses(config)
   if encodings.image_tokens is None:
     raise RetrievalError("re-ranking needs encodings with keep_tokens=True")
   cosine_UZ = encodings.cosine_UZ
@@ -770,6 +784,8 @@ def evaluate(
   on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
   """Reads, encodes and ranks one split by one protocol; see `report`."""
+  if protocol.fuses:
+    check_fuses(config)
   encode_split = functools.partial(
     encode,
     config=config,

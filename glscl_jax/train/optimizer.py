@@ -19,13 +19,14 @@ from glscl_jax.config import OptimizerConfig
 LR_RULES: tuple[tuple[str, str], ...] = (
   (r"fusion/(stack|last)/.*", "fusion"),
   (r"fusion/(text|image)_(transform|pooler)/.*", "fusion"),
-  (r"(text_cross|image_cross|decoder)/.*", "fusion"),
-  (r"(mlm|match|pixel)_head/.*", "head"),
+  (r"(text_cross|image_cross|(caption_|image_)?decoder)/.*", "fusion"),
+  (r"image_positions/value", "fusion"),
+  (r"(mlm|match|pixel|caption)_head/.*", "head"),
   (r"(vision|text)/.*", "encoder"),
   (r"(text|image)_projection/(fc[12]|norm)/.*", "encoder"),
-  # A single matrix is MaskVLM's: it is with the heads there [choice].
+  # A single matrix is MaskVLM's or CoCa's: it is with the heads there [choice].
   (r"(text|image)_projection/(kernel|bias)", "head"),
-  (r"(temperature|fusion/type_embedding)/value", "encoder"),
+  (r"(temperature|logit_scale|fusion/type_embedding)/value", "encoder"),
 )
 
 # "accident": arrays that the published code decays because of their names.
@@ -33,14 +34,18 @@ DECAY_RULES: tuple[tuple[str, str], ...] = (
   (r".*/kernel", "decay"),
   (r"vision/patch_kernel", "decay"),
   (r"(text/(word|position|type)|vision/position)_embedding", "decay"),
-  (r"fusion/type_embedding/value", "decay"),
+  (r"(fusion/type_embedding|image_positions)/value", "decay"),
   (r".*/(patch_)?bias", "none"),
   (r"vision/(class_embedding|mask_token/value)", "accident"),
   (r"temperature/value", "accident"),
+  (r"(text/class_embedding|logit_scale/value)", "none"),
   (r"(vision/.*|(text|image)_projection/)norm\d?/scale", "accident"),
   (r"vision/ln_(pre|post)/scale", "accident"),
-  (r"(text|fusion|mlm_head)/.*norm\d?/scale", "none"),
-  (r"(text_cross|image_cross|decoder)/.*norm\d/scale", "none"),
+  (r"(text|fusion|(mlm|pixel|caption)_head)/.*norm\d?/scale", "none"),
+  (
+    r"(text_cross|image_cross|(caption_|image_)?decoder)/.*norm\d?/scale",
+    "none",
+  ),
 )
 
 # What variant="muon" orthogonalizes; Adam moves the others. The vocabulary
@@ -48,10 +53,10 @@ DECAY_RULES: tuple[tuple[str, str], ...] = (
 # others too, as in every run so far; a stem's matrices are not [choice].
 MUON_RULES: tuple[tuple[str, str], ...] = (
   (r"(vision|text|fusion)/.*/kernel", "matrix"),
-  (r"(text_cross|image_cross|decoder)/.*/kernel", "matrix"),
+  (r"(text_cross|image_cross|(caption_|image_)?decoder)/.*/kernel", "matrix"),
   (r"(text|image)_projection/(fc[12]/)?kernel", "matrix"),
   (r"(mlm_head/fc1|(match|pixel)_head/fc)/kernel", "matrix"),
-  (r"mlm_head/fc2/kernel", "other"),
+  (r"(mlm_head/fc2|caption_head/fc)/kernel", "other"),
   (r"vision/patch_kernel", "other"),
   (r"(vision|text)/[a-z]+_embedding", "other"),
   (r".*/((patch_)?bias|scale|value)", "other"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -37,7 +38,11 @@ def train_step(
 
   def loss_fn(params):
     output = system.loss(
-      params, batch, config=config, key=step_key(config, state.step)
+      params,
+      batch,
+      config=config,
+      key=step_key(config, state.step),
+      step=state.step,
     )
     return output.loss, output.metrics
 
@@ -68,12 +73,19 @@ def train_step(
 
 
 def clamp_temperature(params, config: Config):
-  """Projects the learned ITC divisor into its range."""
+  """Projects the learned ITC divisor, or its logarithm, into its range."""
   limits = config.objectives.itc_temperature_range
-  if limits is None or "temperature" not in params:
+  if limits is None:
     return params
-  clipped = jnp.clip(params["temperature"]["value"], *limits)
-  return params | {"temperature": {"value": clipped}}
+  low, high = limits
+  ranges = {
+    "temperature": (low, high),
+    "logit_scale": (-math.log(high), -math.log(low)),
+  }
+  return params | {
+    name: {"value": jnp.clip(params[name]["value"], *ranges[name])}
+    for name in ranges.keys() & params.keys()
+  }
 
 
 def make_train_step(config: Config, mesh: jax.sharding.Mesh) -> StepFunction:

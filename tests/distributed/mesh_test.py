@@ -59,6 +59,9 @@ MASKVLM = random_pairs.maskvlm(
 )
 
 
+SYCOCA = random_pairs.sycoca(width=WIDTH, batch_size=8, scan=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
   """Some steps on one mesh."""
@@ -183,6 +186,25 @@ def test_maskvlm_runs_the_same_on_a_mesh_of_all_axes():
   assert_trees_close(
     flat(found.state.params), flat(one.state.params), atol=1e-5
   )
+
+
+def test_sycoca_has_the_same_gradients_on_a_mesh_of_all_axes():
+  # The update of each parameter is that of the other systems.
+  function = random_pairs.gradient_function(SYCOCA)
+  params = random_pairs.spread_params(SYCOCA)
+  batch, key = random_pairs.batch(SYCOCA), jax.random.key(0)
+  expected, metrics = function(params, batch, key)
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  gradients, found = function(
+    jax.device_put(params, sharding.param_shardings(params, mesh)),
+    jax.device_put(batch, sharding.batch_sharding(mesh)),
+    jax.device_put(key, sharding.replicated(mesh)),
+  )
+  for name, value in metrics.items():
+    assert float(found[name]) == pytest.approx(
+      float(value), rel=1e-5, abs=1e-5
+    ), name
+  assert_trees_close(flat(gradients), flat(expected), atol=1e-5)
 
 
 def test_three_steps_move_the_parameters_by_much_more_than_the_tolerance():

@@ -116,6 +116,8 @@ def test_a_recipe_that_is_not_there_is_named(project, tmp_path):
     ("quickstart.py:x", "the stages are towers and glscl"),
     ("maskvlm_base.py:x", "the recipes are main and ablation"),
     ("maskvlm_tiny.py:x", "this recipe takes no argument"),
+    ("sycoca_base.py:x", "the recipes are main, ablation, coca and clip"),
+    ("sycoca_tiny.py:x", "this recipe takes no argument"),
     ("tiny.py:x", "this recipe takes no argument"),
   ],
 )

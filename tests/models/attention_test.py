@@ -86,3 +86,18 @@ def test_bfloat16_keeps_probabilities_in_float32(layer, inputs):
   p_BHLM = module.apply(params, *inputs, return_probabilities=True)
   assert p_BHLM.dtype == jnp.float32
   np.testing.assert_allclose(p_BHLM.sum(axis=-1), 1.0, rtol=1e-6)
+
+
+def test_causal_attention_gives_nothing_to_later_keys(layer, inputs):
+  _, params = layer
+  x_BLD, _, valid_BM = inputs
+  module = attention.Attention("float32", causal=True)
+  valid_BL = valid_BM[:, :4]
+  p_BHLM = np.asarray(
+    module.apply(params, x_BLD, x_BLD, valid_BL, return_probabilities=True)
+  )
+  np.testing.assert_allclose(p_BHLM.sum(axis=-1), 1.0, rtol=1e-6)
+  later = np.triu(np.ones((4, 4), bool), k=1)
+  hidden = later[None, None] | ~valid_BL[:, None, None, :]
+  assert np.all(p_BHLM[np.broadcast_to(hidden, p_BHLM.shape)] == 0)
+  assert np.all(p_BHLM[np.broadcast_to(~hidden, p_BHLM.shape)] > 0)

@@ -69,6 +69,11 @@ def test_each_kind_of_joint_projection_costs_its_matrices():
   linear = 2 * 8 * 3
   found = {
     kind: flops.joint_projection(kind, 8, 3)
-    for kind in ("mlp", "linear", "none")
+    for kind in ("mlp", "linear", "matrix", "none")
   }
-  assert found == {"mlp": 2 * 8 * 8 + linear, "linear": linear, "none": 0}
+  assert found == {
+    "mlp": 2 * 8 * 8 + linear,
+    "linear": linear,
+    "matrix": linear,
+    "none": 0,
+  }

@@ -48,6 +48,30 @@ def test_a_linear_projection_is_one_matrix_and_bias():
   )
 
 
+def test_the_projection_of_coca_is_one_matrix():
+  config = random_pairs.config(joint_projection="matrix").model
+  x_BD = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+  params = init(heads.make_projection(config), x_BD)
+  assert set(params) == {"kernel"}
+  assert np.std(params["kernel"]) == pytest.approx(64**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_the_end_of_a_decoder_is_a_norm_and_a_matrix(use_bias):
+  module = heads.NormHead(100, "float32", 0.02, 1e-5, use_bias)
+  x_BJD = np.random.default_rng(0).normal(size=(2, 5, 64)).astype(np.float32)
+  params = init(module, x_BJD)
+  assert set(params) == {"norm", "fc"}
+  assert set(params["fc"]) == {"kernel", *(["bias"] if use_bias else [])}
+  unit = x_BJD - x_BJD.mean(axis=-1, keepdims=True)
+  unit /= np.sqrt(x_BJD.var(axis=-1, keepdims=True) + 1e-5)
+  np.testing.assert_allclose(
+    module.apply({"params": params}, x_BJD),
+    unit @ params["fc"]["kernel"],
+    atol=1e-5,
+  )
+
+
 def test_the_pixel_head_gives_the_values_of_a_patch():
   module = heads.make_pixel_head(random_pairs.maskvlm().model)
   x_BJD = np.ones((2, 5, 64), np.float32)
@@ -63,8 +87,9 @@ def test_the_pixel_head_gives_the_values_of_a_patch():
     (heads.VocabularyHead(100, "bfloat16", 0.02), (2, 5, 64), (2, 5, 100)),
     (heads.LinearHead(2, "bfloat16", 0.02), (2, 128), (2, 2)),
     (heads.JointProjection(32, "bfloat16"), (2, 64), (2, 32)),
+    (heads.NormHead(9, "bfloat16", 0.02, 1e-5, False), (2, 5, 64), (2, 5, 9)),
   ],
-  ids=["vocabulary", "match", "projection"],
+  ids=["vocabulary", "match", "projection", "decoder"],
 )
 def test_results_are_never_rounded_to_the_type_of_products(
   module, shape, out_shape, monkeypatch

@@ -133,3 +133,71 @@ def test_positions_can_start_smaller_than_words(key):
   assert 0.015 < params["word_embedding"].std() < 0.025
   assert 0.0007 < params["position_embedding"].std() < 0.0013
   assert 0.0007 < params["type_embedding"].std() < 0.0013
+
+
+# --- the causal tower of CoCa ------------------------------------------------
+
+# A text of three tokens and one of four, which fills its row.
+IDS = np.array([[0, 9, 2, 1], [0, 7, 8, 2]], np.int32)
+
+
+@pytest.fixture(scope="module")
+def causal():
+  """A compiled function of ids and validity, on random weights."""
+  module = text.CausalTextEncoder(random_pairs.config(depth=2).model)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), IDS, VALID)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype(np.float32),
+    shapes,
+  )
+  run = jax.jit(module.apply)
+  return lambda ids, valid: np.asarray(run(params, ids, valid))
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_causal_state_sees_its_token_and_those_before(causal, place):
+  ids_BT = IDS.copy()
+  ids_BT[1, place] = 33
+  before, after = causal(IDS, VALID)[1], causal(ids_BT, VALID)[1]
+  np.testing.assert_array_equal(after[:place], before[:place])
+  # The class row, appended as the last one, sees all.
+  for row in range(place, 5):
+    assert not np.allclose(after[row], before[row], atol=1e-3), row
+
+
+def test_padding_is_seen_by_no_token_and_not_by_the_class(causal):
+  states = causal(IDS, VALID)
+  other = causal(np.where(VALID, IDS, 33).astype(np.int32), VALID)
+  kept = np.pad(VALID, ((0, 0), (0, 1)), constant_values=True)
+  np.testing.assert_array_equal(other[kept], states[kept])
+  assert not np.array_equal(other[~kept], states[~kept])
+  # The id of the padding is a token like any other where it is valid.
+  ids_BT = IDS.copy()
+  ids_BT[1, 1] = random_pairs.PAD
+  assert not np.allclose(causal(ids_BT, VALID)[1], states[1], atol=1e-3)
+
+
+def test_longer_padding_changes_no_causal_state(causal):
+  pad = ((0, 0), (0, 3))
+  short, long = causal(IDS, VALID), causal(np.pad(IDS, pad), np.pad(VALID, pad))
+  np.testing.assert_allclose(long[:, :4][VALID], short[:, :4][VALID], atol=1e-5)
+  np.testing.assert_allclose(long[:, -1], short[:, -1], atol=1e-5)
+
+
+def test_the_causal_tower_starts_with_the_spreads_of_coca(key):
+  model = random_pairs.config(depth=2, text={"place_std": 0.01}).model
+  params = jax.jit(text.CausalTextEncoder(model).init)(key, IDS, VALID)
+  params = params["params"]
+  block = params["blocks"]["layers"]
+  for values, std in (
+    (params["word_embedding"], 0.02),
+    (params["position_embedding"], 0.01),
+    (block["attention"]["query"]["kernel"], 64**-0.5),
+    (block["attention"]["out"]["kernel"], 64**-0.5 * 4**-0.5),
+    (block["mlp"]["fc1"]["kernel"], 128**-0.5),
+    (block["mlp"]["fc2"]["kernel"], 64**-0.5 * 4**-0.5),
+  ):
+    assert np.std(values) == pytest.approx(std, rel=0.1)
+  # LN_final is made where contrast asks for it.
+  assert "norm" not in params

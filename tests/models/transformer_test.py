@@ -179,3 +179,111 @@ def test_cross_attention_maps_are_those_of_the_context(cross_block):
   same_BMD = np.repeat(context_BMD[:, :1], 4, axis=1)
   flat = run(params, x_BLD, same_BMD, *rest)
   np.testing.assert_allclose(flat, 0.25, atol=1e-6)
+
+
+# --- blocks of CoCa and SyCoCa -----------------------------------------------
+
+
+def coca_like(block, **options):
+  """A block, random weights and its compiled call; 5 rows ask 4."""
+  module = block(
+    WIDTH,
+    "float32",
+    1e-5,
+    **transformer.coca_initializers(WIDTH, 2),
+    **options,
+  )
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example())
+  rng = np.random.default_rng(2)
+  params = jax.tree.map(
+    lambda leaf: 0.2 * rng.standard_normal(leaf.shape).astype(np.float32),
+    shapes,
+  )
+  run = jax.jit(module.apply)
+  return lambda *arguments: np.asarray(run(params, *arguments)), params
+
+
+@pytest.fixture(scope="module")
+def captions():
+  return coca_like(transformer.CocaBlock)
+
+
+@pytest.fixture(scope="module")
+def arguments():
+  rng = np.random.default_rng(3)
+  x_BLD, context_BMD = (
+    rng.normal(size=(2, n, WIDTH)).astype(np.float32) for n in (5, 4)
+  )
+  return x_BLD, context_BMD
+
+
+def norm(p, x):
+  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+  return x * p["scale"] + p["bias"]
+
+
+def dense(p, x):
+  return x @ p["kernel"] + p["bias"]
+
+
+def attend(p, x, context, allowed):
+  """One head."""
+  q, k, v = (
+    dense(p[name], a)
+    for name, a in (("query", x), ("key", context), ("value", context))
+  )
+  logits = np.where(allowed, q @ k.T / 8, -np.inf)
+  weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+  weights /= weights.sum(axis=1, keepdims=True)
+  return dense(p["out"], weights @ v)
+
+
+def feed(p, x):
+  h = dense(p["fc1"], x)
+  h = h * np.asarray(jax.scipy.stats.norm.cdf(h))
+  return dense(p["fc2"], h)
+
+
+def test_a_coca_block_is_two_attentions_and_two_mlps(captions, arguments):
+  run, params = captions
+  p = params["params"]
+  x, context = (a[0] for a in arguments)
+  valid, kept = np.arange(5) < 4, np.array([True, False, True, True])
+  found = run(*arguments, np.stack([valid, valid]), np.stack([kept, kept]))[0]
+  causal = np.tril(np.ones((5, 5), bool)) & valid[None]
+  h = norm(p["self_norm"], x)
+  x = x + attend(p["self_attention"], h, h, causal)
+  x = x + feed(p["mlp"], norm(p["mlp_norm"], x))
+  h, asked = norm(p["query_norm"], x), norm(p["context_norm"], context)
+  x = x + attend(p["cross_attention"], h, asked, np.tile(kept, (5, 1)))
+  x = x + feed(p["cross_mlp"], norm(p["cross_mlp_norm"], x))
+  np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cross", [True, False])
+def test_a_pre_cross_block_is_two_attentions_and_an_mlp(cross, arguments):
+  run, params = coca_like(transformer.PreCrossBlock, cross=cross)
+  p = params["params"]
+  x_BLD, context_BMD = arguments
+  kept_BM = np.array([[True, False, True, True], [True, True, False, False]])
+  context = (context_BMD, None, kept_BM) if cross else (None, None, None)
+  found = run(x_BLD, *context)
+  for b, x in enumerate(x_BLD):
+    h = norm(p["self_norm"], x)
+    x = x + attend(p["self_attention"], h, h, np.ones((5, 5), bool))
+    if cross:
+      h = norm(p["query_norm"], x)
+      asked = norm(p["context_norm"], context_BMD[b])
+      allowed = np.tile(kept_BM[b], (5, 1))
+      x = x + attend(p["cross_attention"], h, asked, allowed)
+    x = x + feed(p["mlp"], norm(p["mlp_norm"], x))
+    np.testing.assert_allclose(found[b], x, rtol=1e-4, atol=1e-4)
+  assert ("cross_attention" in p) == cross
+  rows_BQ = np.array([[3, 0], [4, 1]], np.int32)
+  some_BQD = run(x_BLD, *context, rows_BQ)
+  np.testing.assert_allclose(
+    some_BQD,
+    np.take_along_axis(found, rows_BQ[:, :, None], axis=1),
+    rtol=1e-5,
+    atol=1e-5,
+  )

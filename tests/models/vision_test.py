@@ -205,3 +205,21 @@ def test_truncated_initial_values_stay_within_two_deviations(key):
     assert np.abs(values).max() <= 0.04
     # Cut at two deviations, .88 of the deviation is left.
     assert np.std(values) == pytest.approx(0.0176, rel=0.1)
+
+
+def test_coca_starts_smaller_where_the_stack_is_deeper(key):
+  config = random_pairs.config(
+    depth=2, vision={"init": "coca", "activation": "gelu"}
+  )
+  module = vision.VisionEncoder(config.model)
+  params = jax.jit(module.init)(key, jnp.zeros((1, 32, 32, 3)))["params"]
+  block = params["blocks"]["layers"]
+  for values, std in (
+    (params["patch_kernel"], (3 * 192) ** -0.5),
+    (params["position_embedding"], 64**-0.5),
+    (block["attention"]["query"]["kernel"], 64**-0.5),
+    (block["attention"]["out"]["kernel"], 64**-0.5 * 4**-0.5),
+    (block["mlp"]["fc1"]["kernel"], 128**-0.5),
+    (block["mlp"]["fc2"]["kernel"], 64**-0.5 * 4**-0.5),
+  ):
+    assert np.std(values) == pytest.approx(std, rel=0.1)

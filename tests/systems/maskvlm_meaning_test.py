@@ -14,7 +14,7 @@ from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.models import vision
 from glscl_jax.models.maskvlm import MaskVLM
-from glscl_jax.systems import maskvlm
+from glscl_jax.systems import inputs, maskvlm
 from glscl_jax.train import optimizer
 from tests import random_pairs
 
@@ -172,7 +172,7 @@ def test_stacks_and_decoder_see_all_words_also_masked_ones(monkeypatch):
 
 
 def test_targets_are_on_the_scale_of_the_input():
-  found_BIP = maskvlm.pixel_targets(BATCH.image_BYXC, CONFIG)
+  found_BIP = inputs.pixel_targets(BATCH.image_BYXC, CONFIG)
   mean, std = np.array(CONFIG.data.mean), np.array(CONFIG.data.std)
   scaled_BYXC = (BATCH.image_BYXC / 255 - mean) / std
   np.testing.assert_allclose(
@@ -181,7 +181,7 @@ def test_targets_are_on_the_scale_of_the_input():
   assert found_BIP.dtype == jnp.float32
   half = random_pairs.maskvlm(compute_dtype="bfloat16")
   np.testing.assert_array_equal(
-    maskvlm.pixel_targets(BATCH.image_BYXC, half), found_BIP
+    inputs.pixel_targets(BATCH.image_BYXC, half), found_BIP
   )
 
 

@@ -12,7 +12,7 @@ from glscl_jax import sharding
 from glscl_jax.data import retrieval_set, tokenizer
 from glscl_jax.systems import glscl
 from glscl_jax.tasks import ranking, results, retrieval
-from tests import tiny
+from tests import random_pairs, tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,33 @@ def all_scores(model, encodings):
         encodings.image_tokens[row : row + 1],
       )[0]
   return scores
+
+
+def test_a_system_without_matching_says_so_before_it_encodes(model):
+  config = random_pairs.sycoca()
+  for rerank in ("itm", "itm_plus_itc", "full"):
+    protocol = retrieval.Protocol(rerank=rerank)
+    with pytest.raises(
+      retrieval.RetrievalError,
+      match="'sycoca' has no image-text matching.*take none or querybank",
+    ):
+      retrieval.evaluate(
+        {}, config, model.tokenizer, model.data_dir, "test", protocol=protocol
+      )
+
+
+def test_a_system_whose_text_states_have_a_class_row_of_their_own_ranks(model):
+  tokens = model.tokenizer.vocab_size
+  config = random_pairs.sycoca("itc", vocab_size=tokens, max_length=20)
+  found = retrieval.evaluate(
+    random_pairs.spread_params(config),
+    config,
+    model.tokenizer,
+    model.data_dir,
+    "test",
+    batch_size=16,
+  )
+  assert 0 <= found["metrics"]["mean_r1"] <= 1
 
 
 def test_several_captions_an_image_and_images_a_caption_are_kept(encodings):

@@ -29,6 +29,7 @@ DISTINCT = [
     "quickstart",
     "quickstart_towers",
     "scl_base",
+    "sycoca_base",
   )
 ]
 

@@ -44,6 +44,14 @@ KINDS = {
   "image_projection/kernel": (5, True, True),
   "text_projection/bias": (5, False, False),
   "pixel_head/fc/kernel": (5, True, True),
+  "text/class_embedding": (1, False, False),
+  "logit_scale/value": (1, False, False),
+  "caption_decoder/last/cross_mlp/fc1/kernel": (5, True, True),
+  "caption_decoder/stack/layers/context_norm/scale": (5, False, False),
+  "image_decoder/last/self_norm/scale": (5, False, False),
+  "image_positions/value": (5, True, True),
+  "caption_head/norm/scale": (5, False, False),
+  "caption_head/fc/kernel": (5, True, True),
 }
 
 

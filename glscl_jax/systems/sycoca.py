@@ -1,0 +1,384 @@
+"""SyCoCa (2401.02137), and with it CoCa (2205.01917) and CLIP (2103.00020).
+
+    total = ITC + 2 IC + TG-MIM                          (docs/systems.md)
+
+    v, Z = f_i(I)     t, U = f_t(T)     Z_m = f_i(I, `high` patches hidden)
+
+    ITC     contrast of v and t
+    IC      the caption decoder asks Z, without the patches `low`, with U
+    TG-MIM  the image decoder asks U with Z_m: the pixels of `high`
+
+The caption tells the two sets apart (objectives/attentive.py): the text has to
+supply the patches it speaks of, the image is read without those it does not.
+Weights of 0 remove passes and parameters: CoCa is ITC + IC with
+`masking.ic_mask` off, CLIP is ITC alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from glscl_jax.config import Config
+from glscl_jax.data import masking
+from glscl_jax.models import layers, vision
+from glscl_jax.models.sycoca import SyCoCa
+from glscl_jax.objectives import (
+  attentive,
+  captioning,
+  contrastive,
+  masked_regression,
+)
+from glscl_jax.systems import inputs, terms
+from glscl_jax.types import Batch, LossOutput, Params
+
+
+def needs_split(config: Config) -> bool:
+  """Whether an active objective hides or leaves out patches."""
+  active = config.objectives.active
+  return "tg_mim" in active or ("ic" in active and config.masking.ic_mask)
+
+
+def needs_scores(config: Config) -> bool:
+  """Whether the caption tells these patches."""
+  return needs_split(config) and config.masking.split == "attentive"
+
+
+def image_versions(config: Config) -> tuple[str, ...]:
+  """Those that are encoded: full (I), hidden (I without `high`)."""
+  active = config.objectives.active
+  at_input = config.masking.mim_mask_level == "input"
+  hidden = "tg_mim" in active and at_input
+  full = active != ("tg_mim",) or not at_input
+  return ("full",) * full + ("hidden",) * hidden
+
+
+def needs_text(config: Config) -> bool:
+  """Not where pixels are completed from pixels alone."""
+  return config.objectives.active != ("tg_mim",) or config.model.fusion.mim_text
+
+
+def count_split(config: Config) -> tuple[int, int]:
+  """How many patches are `high`, and how many `low`."""
+  num_patches = config.model.vision.num_patches
+  return (
+    masking.round_half_up(config.masking.r_high * num_patches),
+    masking.round_half_up(config.masking.r_low * num_patches),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """What the clean pass of each encoder gives; None: nobody reads it."""
+
+  patches_BID: jax.Array | None  # embedded
+  image_BMD: jax.Array | None  # v, Z
+  text_BLD: jax.Array | None  # U, class row; before LN_final
+
+
+def embed_image(
+  model: SyCoCa, batch: Batch, config: Config, hidden_BJ: jax.Array | None
+) -> jax.Array:
+  """Patch embeddings (B, I, D); a stem does not see the patches `hidden`."""
+  visible_BI = None
+  if hidden_BJ is not None:
+    num_patches = config.model.vision.num_patches
+    visible_BI = ~vision.named_patches(hidden_BJ, num_patches)
+  image_BYXC = inputs.normalize_images(batch.image_BYXC, config)
+  embedded = inputs.embed_versions(
+    model.vision, image_BYXC, {"one": visible_BI}
+  )
+  return embedded["one"]
+
+
+def encode(model: SyCoCa, batch: Batch, config: Config) -> Encoded:
+  """The complete image and the text, as far as they are read."""
+  patches_BID = image_BMD = text_BLD = None
+  complete = "full" in image_versions(config)
+  if complete or not config.model.vision.stem:
+    patches_BID = embed_image(model, batch, config, None)
+  if complete:
+    image_BMD = model.vision.encode(model.vision.complete(patches_BID))
+  if needs_text(config):
+    text_BLD = model.text(batch.text_ids_BT, batch.text_valid_BT)
+  return Encoded(patches_BID, image_BMD, text_BLD)
+
+
+def joint_vectors(
+  model: SyCoCa, encoded: Encoded
+) -> tuple[jax.Array, jax.Array]:
+  """ITC vectors of texts and images, float32, not yet normalised."""
+  return (
+    model.text_projection(model.text.finish(encoded.text_BLD[:, -1])),
+    model.image_projection(encoded.image_BMD[:, 0]),
+  )
+
+
+def patch_scores(
+  model: SyCoCa, batch: Batch, encoded: Encoded
+) -> tuple[jax.Array, jax.Array]:
+  """Scores in the space of ITC (B, I), and which texts have a word (B,)."""
+
+  def project(projection: Callable, x_BLD: jax.Array) -> jax.Array:
+    rows_AD = x_BLD.reshape(-1, x_BLD.shape[-1])
+    return projection(rows_AD).reshape(*x_BLD.shape[:2], -1)
+
+  words_BTD = model.text.finish(encoded.text_BLD[:, :-1])
+  content_BT = attentive.content_words(batch.text_valid_BT)
+  scores_BI = attentive.scores(
+    project(model.image_projection, encoded.image_BMD[:, 1:]),
+    project(model.text_projection, words_BTD),
+    content_BT,
+  )
+  return scores_BI, jnp.any(content_BT, axis=1)
+
+
+def split_patches(
+  model: SyCoCa,
+  batch: Batch,
+  encoded: Encoded,
+  config: Config,
+  key: jax.Array,
+  step: jax.Array | int | None,
+) -> attentive.Split:
+  """`high` and all but `low`, by the caption or at random."""
+  options = config.masking
+  num_high, num_low = count_split(config)
+  shape = batch.text_ids_BT.shape[0], config.model.vision.num_patches
+  noise_BI = jax.random.uniform(key, shape)
+  chosen_BI = noise_BI
+  if options.split == "attentive":
+    chosen_BI, told_B = patch_scores(model, batch, encoded)
+    if options.attentive_empty == "random":
+      chosen_BI = jnp.where(told_B[:, None], chosen_BI, noise_BI)
+    if options.mask_warmup_steps and step is not None:
+      early = jnp.asarray(step) < options.mask_warmup_steps
+      chosen_BI = jnp.where(early, noise_BI, chosen_BI)
+  return attentive.split(chosen_BI, num_high=num_high, num_low=num_low)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What an objective may read."""
+
+  model: SyCoCa
+  batch: Batch
+  encoded: Encoded
+  split: attentive.Split | None  # None: no objective hides a patch
+  config: Config
+
+
+def _itc(context: Context) -> terms.Term:
+  """ITC: symmetric InfoNCE of v and t over the batch, tau = exp(-theta)."""
+  return terms.itc(
+    *joint_vectors(context.model, context.encoded),
+    context.model.temperature(),
+    context.batch,
+    context.config.objectives,
+  )
+
+
+def caption_logits(context: Context) -> jax.Array:
+  """Logits of each next token, (B, T - 1, V).
+
+  The last token predicts nothing and is left out, as is the class row.
+  """
+  model, encoded = context.model, context.encoded
+  keys_BMD = encoded.image_BMD[:, 1:]
+  if context.config.masking.ic_mask:
+    keys_BMD = layers.take_rows(keys_BMD, context.split.keep_BM)
+  asked = keys_BMD, context.batch.text_valid_BT[:, :-1], None
+  h_BLD = model.caption_decoder.body(encoded.text_BLD[:, :-2], *asked)
+  return model.caption_head(model.caption_decoder.head(h_BLD, *asked))
+
+
+def _ic(context: Context) -> terms.Term:
+  """IC = CE(head(caption decoder(U | Z without low)), next tokens)."""
+  logits_BLV = caption_logits(context)
+  text = context.batch.text_ids_BT, context.batch.text_valid_BT
+  loss = captioning.captioning(logits_BLV, *text)
+  return loss, {"ic_accuracy": captioning.accuracy(logits_BLV, *text)}
+
+
+def hidden_states(context: Context) -> jax.Array:
+  """States of all patches, the `high` ones hidden, (B, I, D).
+
+  At the level "feature" they are hidden where the encoder ends; the others
+  have seen them by then.
+  """
+  model, config = context.model, context.config
+  high_BJ = context.split.high_BJ
+  if config.masking.mim_mask_level == "feature":
+    return model.vision.put_token(context.encoded.image_BMD[:, 1:], high_BJ)
+  patches_BID = context.encoded.patches_BID
+  if config.model.vision.stem:  # which mixes neighbours: embedded without them
+    patches_BID = embed_image(model, context.batch, config, high_BJ)
+  return model.vision.encode(model.vision.hide(patches_BID, high_BJ))[:, 1:]
+
+
+def reconstruct(context: Context) -> jax.Array:
+  """States of the image decoder at the hidden patches, (B, J, D)."""
+  model, encoded = context.model, context.encoded
+  h_BID = hidden_states(context)
+  h_BID += model.image_positions()[None].astype(h_BID.dtype)
+  asked = None, None, None
+  if context.config.model.fusion.mim_text:
+    asked = encoded.text_BLD[:, :-1], None, context.batch.text_valid_BT
+  h_BID = model.image_decoder.body(h_BID, *asked)
+  return model.image_decoder.head(h_BID, *asked, context.split.high_BJ)
+
+
+def _tg_mim(context: Context) -> terms.Term:
+  """TG-MIM = (head(image decoder(Z_m | U)) - pixels)^2, of `high` patches."""
+  config = context.config
+  loss = masked_regression.masked_regression(
+    context.model.pixel_head(reconstruct(context)),
+    inputs.pixel_targets(context.batch.image_BYXC, config),
+    context.split.high_BJ,
+    loss=config.objectives.mim_loss,
+    patch_norm=config.objectives.mim_patch_norm,
+  )
+  return loss, {}
+
+
+LOSSES: dict[str, Callable[[Context], terms.Term]] = {
+  "itc": _itc,
+  "ic": _ic,
+  "tg_mim": _tg_mim,
+}
+
+
+def _step(
+  model: SyCoCa,
+  batch: Batch,
+  config: Config,
+  key: jax.Array,
+  step: jax.Array | int | None,
+) -> LossOutput:
+  encoded = encode(model, batch, config)
+  split = None
+  if needs_split(config):
+    split = split_patches(model, batch, encoded, config, key, step)
+  context = Context(model, batch, encoded, split, config)
+  return terms.weighted_sum(
+    config.objectives, lambda name: LOSSES[name](context)
+  )
+
+
+def loss(
+  params: Params,
+  batch: Batch,
+  *,
+  config: Config,
+  key: jax.Array,
+  step: jax.Array | int | None = None,
+) -> LossOutput:
+  """The weighted sum of the active objectives on one global batch.
+
+  Args:
+    params: as made by `init`.
+    batch: no mask of it is read.
+    config: the run's; `train.seed` is not read here.
+    key: patches that are hidden at random in this step.
+    step: before `masking.mask_warmup_steps` all are; None: after it.
+  """
+  return SyCoCa(config.model).apply(
+    {"params": params}, batch, config, key, step, method=_step
+  )
+
+
+def init(config: Config, key: jax.Array) -> Params:
+  """Parameters of everything the active objectives read, float32."""
+  return SyCoCa(config.model).init(
+    {"params": key},
+    inputs.example_batch(config),
+    config,
+    key,
+    None,
+    method=_step,
+  )["params"]
+
+
+def encode_image(
+  params: Params, image_BYXC: jax.Array, *, config: Config
+) -> jax.Array:
+  """Complete images to encoder states (B, 1 + N, D), class token first."""
+
+  def method(model: SyCoCa) -> jax.Array:
+    return model.vision(inputs.normalize_images(image_BYXC, config))
+
+  return _apply(params, config, method)
+
+
+def encode_text(
+  params: Params,
+  text_ids_BT: jax.Array,
+  text_valid_BT: jax.Array,
+  *,
+  config: Config,
+) -> jax.Array:
+  """Texts to encoder states (B, T + 1, D), before LN_final, class row last."""
+  return _apply(
+    params, config, lambda model: model.text(text_ids_BT, text_valid_BT)
+  )
+
+
+def text_vectors(
+  params: Params, x_BLD: jax.Array, *, config: Config
+) -> jax.Array:
+  """Unit ITC vectors (B, E) of `encode_text`'s states."""
+
+  def method(model: SyCoCa) -> jax.Array:
+    return model.text_projection(model.text.finish(x_BLD[:, -1]))
+
+  return contrastive.normalize(_apply(params, config, method))
+
+
+def image_vectors(
+  params: Params, y_BID: jax.Array, *, config: Config
+) -> jax.Array:
+  """Unit ITC vectors (B, E) of `encode_image`'s states."""
+  return contrastive.normalize(
+    _apply(params, config, lambda model: model.image_projection(y_BID[:, 0]))
+  )
+
+
+def cross_attention(
+  params: Params,
+  x_BLD: jax.Array,
+  text_valid_BT: jax.Array,
+  y_BMD: jax.Array,
+  *,
+  config: Config,
+) -> jax.Array:
+  """Text-to-image attention of the caption decoder's last block.
+
+  Returns:
+    (B, H, T, 1 + N). Row l asks for the token after l. All patches are there;
+    the class token is not asked: its column, the first one, is 0.
+  """
+
+  def method(model: SyCoCa) -> jax.Array:
+    asked = y_BMD[:, 1:], text_valid_BT, None
+    h_BTD = model.caption_decoder.body(x_BLD[:, :-1], *asked)
+    return model.caption_decoder.attention(h_BTD, *asked)
+
+  maps_BHTI = _apply(params, config, method)
+  return jnp.pad(maps_BHTI, ((0, 0), (0, 0), (0, 0), (1, 0)))
+
+
+def describe_fusion(config: Config) -> str:
+  """The decoders that the active objectives have."""
+  depths = {
+    "ic": f"caption decoder of depth {config.model.fusion.text_depth}",
+    "tg_mim": f"image decoder of depth {config.model.fusion.image_depth}",
+  }
+  there = [depths[n] for n in config.objectives.active if n in depths]
+  return ", ".join(there) or "none"
+
+
+def _apply(params: Params, config: Config, method: Callable):
+  return SyCoCa(config.model).apply({"params": params}, method=method)

@@ -1,0 +1,82 @@
+"""32 pairs: a guess at first, then learned by heart; what captions are for."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tests import overfit, random_pairs
+
+CONFIG = random_pairs.sycoca(
+  batch_size=overfit.NUM_PAIRS,
+  image_size=16,  # four patches
+  max_length=4,
+  num_steps=260,
+  # In 32 dimensions the cosines of random vectors are no small ones.
+  itc_temperature=0.18,
+  scan=False,
+  objectives={"ic": 2.0, "itc_temperature_range": (0.02, 1.0)},
+  optimizer={
+    "learning_rate": 2e-3,
+    "fusion_multiplier": 1.0,
+    "head_multiplier": 1.0,
+  },
+)
+
+
+def draw_image(rng):
+  """Four patches, each with an edge between two colours."""
+  colors_YXC = rng.integers(0, 256, (2, 4, 3), dtype=np.uint8)
+  return np.kron(colors_YXC, np.ones((8, 4, 1), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def batch():
+  return overfit.make_batch(CONFIG, draw_image)
+
+
+@pytest.fixture(scope="module")
+def trained(batch):
+  return overfit.train(CONFIG, batch)
+
+
+@pytest.mark.parametrize(
+  ("name", "expected", "tolerance"),
+  [
+    ("itc", math.log(overfit.NUM_PAIRS), 0.3),
+    ("ic", math.log(64), 0.15),
+    # Of a zero output; that of fresh parameters has a variance of .026. Targets
+    # have an unbiased variance of 1: (P - 1) / P.
+    ("tg_mim", 191 / 192 + 64 * 0.02**2, 0.03),
+  ],
+)
+def test_losses_start_where_a_guess_would(name, expected, tolerance, trained):
+  assert trained.first[name] == pytest.approx(expected, abs=tolerance)
+
+
+def test_the_loss_is_the_weighted_sum_of_the_objectives(trained):
+  for metrics in (trained.first, trained.last):
+    total = metrics["itc"] + 2 * metrics["ic"] + metrics["tg_mim"]
+    assert metrics["loss"] == pytest.approx(total, rel=1e-5)
+  assert trained.first["itc_temperature"] == pytest.approx(0.18, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["itc", "ic"])
+def test_each_loss_but_that_of_pixels_falls_below_a_tenth(name, trained):
+  assert trained.last[name] < 0.1 * trained.first[name]
+
+
+def test_the_pixel_loss_falls_by_a_third(trained):
+  assert trained.last["tg_mim"] < 0.67 * trained.first["tg_mim"]
+
+
+def test_wrong_captions_are_worse(trained):
+  assert trained.shuffled["ic"] > 10 * trained.last["ic"]
+  assert trained.shuffled["tg_mim"] > 1.2 * trained.last["tg_mim"]
+
+
+def test_vectors_rank_the_own_partner_first_both_ways(trained, batch):
+  scores = overfit.scores(CONFIG, trained.params, batch)
+  assert set(scores) == {"vectors"}
+  for rank in overfit.ranks(scores["vectors"]):
+    np.testing.assert_array_equal(rank, 0)
