@@ -10,16 +10,17 @@ import pathlib
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most programs are small and run a few times: compiling them well costs more
 # than it saves. Flags from outside come last and win.
-_QUICK_TO_COMPILE = [
-  "--xla_backend_optimization_level=0",
-  "--xla_llvm_disable_expensive_passes=true",
-]
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-  # The older code generation takes two thirds of the time; 0.12 has it no more,
-  # and ends where it reads a flag that it does not know.
-  _QUICK_TO_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(
-  (*_QUICK_TO_COMPILE, os.environ.get("XLA_FLAGS", ""))
+  (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    # The older code generation takes two thirds of the time. jaxlib 0.12 has it
+    # no more, and ends where it reads a flag that it does not know.
+    "--xla_cpu_use_fusion_emitters=false"
+    if importlib.metadata.version("jaxlib").startswith("0.10.")
+    else "",
+    os.environ.get("XLA_FLAGS", ""),
+  )
 )
 
 import jax
