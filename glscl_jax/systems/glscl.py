@@ -11,6 +11,7 @@ into a scalar. Weights of 0 remove passes and parameters.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -21,7 +22,7 @@ from glscl_jax.models import layers
 from glscl_jax.models.towers import Towers
 from glscl_jax.models.vision import named_patches
 from glscl_jax.objectives import completion, contrastive, matching
-from glscl_jax.systems import inputs, terms, views
+from glscl_jax.systems import encoders, inputs, terms, views
 from glscl_jax.systems.views import Pass, Reads
 from glscl_jax.types import Batch, LossOutput, Params
 
@@ -470,28 +471,9 @@ def init(config: Config, key: jax.Array) -> Params:
   )["params"]
 
 
-def encode_image(
-  params: Params, image_BYXC: jax.Array, *, config: Config
-) -> jax.Array:
-  """Complete images to encoder states (B, 1 + N, D), class token first."""
-
-  def method(model: Towers) -> jax.Array:
-    return model.vision(inputs.normalize_images(image_BYXC, config))
-
-  return _apply(params, config, method)
-
-
-def encode_text(
-  params: Params,
-  text_ids_BT: jax.Array,
-  text_valid_BT: jax.Array,
-  *,
-  config: Config,
-) -> jax.Array:
-  """Complete texts to encoder states (B, T, D)."""
-  return _apply(
-    params, config, lambda model: model.text(text_ids_BT, text_valid_BT)
-  )
+_apply = functools.partial(encoders.apply, Towers)
+encode_image = functools.partial(encoders.encode_image, Towers)
+encode_text = functools.partial(encoders.encode_text, Towers)
 
 
 def text_vectors(
@@ -559,7 +541,3 @@ def _fused_body(model: Towers, x_BTD, text_valid_BT, y_BID):
     text_valid_BT,
     model.fusion.transform_image(y_BID),
   )
-
-
-def _apply(params: Params, config: Config, method: Callable):
-  return Towers(config.model).apply({"params": params}, method=method)

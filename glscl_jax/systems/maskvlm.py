@@ -14,6 +14,7 @@ remove passes and parameters.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -24,7 +25,7 @@ from glscl_jax.models import vision
 from glscl_jax.models.cross_stack import CrossStack
 from glscl_jax.models.maskvlm import MaskVLM
 from glscl_jax.objectives import contrastive, masked_regression, matching
-from glscl_jax.systems import inputs, terms, views
+from glscl_jax.systems import encoders, inputs, terms, views
 from glscl_jax.types import Batch, LossOutput, Params
 
 # The versions of image and text that each objective reads.
@@ -361,28 +362,9 @@ def init(config: Config, key: jax.Array) -> Params:
   )["params"]
 
 
-def encode_image(
-  params: Params, image_BYXC: jax.Array, *, config: Config
-) -> jax.Array:
-  """Complete images to encoder states (B, 1 + N, D), class token first."""
-
-  def method(model: MaskVLM) -> jax.Array:
-    return model.vision(inputs.normalize_images(image_BYXC, config))
-
-  return _apply(params, config, method)
-
-
-def encode_text(
-  params: Params,
-  text_ids_BT: jax.Array,
-  text_valid_BT: jax.Array,
-  *,
-  config: Config,
-) -> jax.Array:
-  """Complete texts to encoder states (B, T, D)."""
-  return _apply(
-    params, config, lambda model: model.text(text_ids_BT, text_valid_BT)
-  )
+_apply = functools.partial(encoders.apply, MaskVLM)
+encode_image = functools.partial(encoders.encode_image, MaskVLM)
+encode_text = functools.partial(encoders.encode_text, MaskVLM)
 
 
 def text_vectors(
@@ -440,7 +422,3 @@ def cross_attention(
     return model.text_cross.attention(h_BTD, *asked[1:])
 
   return _apply(params, config, method)
-
-
-def _apply(params: Params, config: Config, method: Callable):
-  return MaskVLM(config.model).apply({"params": params}, method=method)

@@ -17,6 +17,7 @@ Weights of 0 remove passes and parameters: CoCa is ITC + IC with
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -32,7 +33,7 @@ from glscl_jax.objectives import (
   contrastive,
   masked_regression,
 )
-from glscl_jax.systems import inputs, terms
+from glscl_jax.systems import encoders, inputs, terms
 from glscl_jax.types import Batch, LossOutput, Params
 
 
@@ -302,28 +303,10 @@ def init(config: Config, key: jax.Array) -> Params:
   )["params"]
 
 
-def encode_image(
-  params: Params, image_BYXC: jax.Array, *, config: Config
-) -> jax.Array:
-  """Complete images to encoder states (B, 1 + N, D), class token first."""
-
-  def method(model: SyCoCa) -> jax.Array:
-    return model.vision(inputs.normalize_images(image_BYXC, config))
-
-  return _apply(params, config, method)
-
-
-def encode_text(
-  params: Params,
-  text_ids_BT: jax.Array,
-  text_valid_BT: jax.Array,
-  *,
-  config: Config,
-) -> jax.Array:
-  """Texts to encoder states (B, T + 1, D), before LN_final, class row last."""
-  return _apply(
-    params, config, lambda model: model.text(text_ids_BT, text_valid_BT)
-  )
+_apply = functools.partial(encoders.apply, SyCoCa)
+encode_image = functools.partial(encoders.encode_image, SyCoCa)
+# States before LN_final, (B, T + 1, D), the class row last.
+encode_text = functools.partial(encoders.encode_text, SyCoCa)
 
 
 def text_vectors(
@@ -378,7 +361,3 @@ def describe_fusion(config: Config) -> str:
   }
   there = [depths[n] for n in config.objectives.active if n in depths]
   return ", ".join(there) or "none"
-
-
-def _apply(params: Params, config: Config, method: Callable):
-  return SyCoCa(config.model).apply({"params": params}, method=method)
