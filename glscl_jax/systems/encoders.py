@@ -1,6 +1,6 @@
 """Each encoder by itself, as evaluation asks it: the same in every system.
 
-`model` is the class of the system's model, whose fields are `vision` and `text`.
+`model` is the class of the system's model; its fields are `vision` and `text`.
 """
 
 from __future__ import annotations
