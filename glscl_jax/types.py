@@ -6,8 +6,9 @@ is a fixed size. Letters name logical dimensions, never the sharded layout.
   B batch (global)   I image tokens      T text tokens     L any sequence
   M other sequence   Q rows asked for    D model width     H heads
   K head width       F mlp width         V vocabulary      E joint space
-  N layers           Y, X image rows, columns   C colour   P patch values
+  N layers           Y, X image rows, columns   C colour   R regions
   J masked items     G group             A any             W words
+  P values of a patch or of a region
 
 M also counts the ids of a pair.
 """
@@ -32,7 +33,7 @@ class Batch:
   hold exact counts and need no `ok`.
   """
 
-  image_BYXC: jax.Array  # uint8; normalised on the device
+  image_BYXC: jax.Array | None = None  # uint8; normalised on the device
   identity_BM: jax.Array  # int32; rows that agree in any column show the same,
   # see data.identity and objectives.same_image
   text_ids_BT: jax.Array  # int32
@@ -49,6 +50,25 @@ class Batch:
   block_idx_BI: jax.Array | None = None  # patches replaced for MIM, ascending
   itm_labels_B: jax.Array | None = None  # data-set negatives only: 1 = own
   false_image_BYXC: jax.Array | None = None  # data-set negatives only
+  # CMAL reads regions in place of the image. Slots of padding are not valid.
+  region_BRP: jax.Array | None = None  # float32, features
+  box_BR7: jax.Array | None = None  # float32; x1, y1, x2, y2, w, h, w h, of 1
+  region_valid_BR: jax.Array | None = None
+  region_class_BR: jax.Array | None = None  # int32; 0, background, is no target
+  anchor_pos_BA: jax.Array | None = None  # first token of the word that is
+  anchor_region_BA: jax.Array | None = None  # swapped with this region
+  anchor_ok_BA: jax.Array | None = None
+  amc_ids_BT: jax.Array | None = None  # text of AMC: other words are masked,
+  # and what an anchor's word has besides its first token
+  amc_pos_BJ: jax.Array | None = None  # anchors' first tokens, masked tokens
+  amc_labels_BJ: jax.Array | None = None
+  amc_ok_BJ: jax.Array | None = None
+  amc_region_BJ: jax.Array | None = None  # regions swapped or hidden
+  amc_region_ok_BJ: jax.Array | None = None
+  hidden_region_BR: jax.Array | None = None  # bool: the mask vector's
+  pair_pos_BA: jax.Array | None = None  # WRC: every word and region that match
+  pair_region_BA: jax.Array | None = None
+  pair_ok_BA: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
