@@ -114,6 +114,13 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     lower_bound=1,
     flag_values=values,
   )
+  flags.DEFINE_integer(
+    "limit",
+    0,
+    "Only the first images of a split, so many; 0: all. full scores all pairs.",
+    lower_bound=0,
+    flag_values=values,
+  )
   flags.DEFINE_string(
     "querybank",
     "train",
@@ -354,9 +361,11 @@ def evaluate(
 
   The protocols share captions and views: a split is encoded once.
   """
-  ((captions, views),) = {(p.captions, p.views) for p in protocols}
-  if any(protocol.fuses for protocol in protocols):
-    retrieval.check_fuses(model.config)
+  ((captions, views, limit),) = {
+    (p.captions, p.views, p.limit) for p in protocols
+  }
+  for protocol in protocols:
+    retrieval.check_protocol(model.config, protocol)
   text_tokenizer = tokenizer.load(model.tokenizer_path)
   tokenizer.check_vocab(model.config, text_tokenizer)
   data = results.identify(data_dir)
@@ -391,7 +400,7 @@ def evaluate(
   for number, split in enumerate(splits, 1):
     progress = Progress(f"[{number}/{len(splits)}] {split}")
     encodings = encode(
-      retrieval_set.read(data_dir, split, captions=captions),
+      retrieval_set.read(data_dir, split, captions=captions, limit=limit),
       keep_tokens=any(p.fuses for p in protocols),
       views=views,
       on_progress=progress,
@@ -469,6 +478,7 @@ def _retrieve(
       itc_weight=values.itc_weight,
       captions=values.captions,
       views=values.views,
+      limit=values.limit,
     )
     for rerank in values.rerank
   ]

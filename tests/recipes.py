@@ -8,11 +8,11 @@ from ml_collections import config_flags
 ROOT = pathlib.Path(__file__).parents[1]
 
 ARGUMENTS = {
-  "glscl_base": ("ablation",),
-  "maskvlm_base": ("ablation",),
+  "glscl_base": ("ablation", "meter", "meter_itc"),
+  "maskvlm_base": ("ablation", "albef_like"),
   "scl_base": ("ablation",),
   "sycoca_base": ("ablation", "coca", "clip"),
-  "quickstart": ("towers",),
+  "quickstart": ("glscl_towers", "maskvlm_towers", "maskvlm", "sycoca"),
 }
 RECIPES = [
   recipe

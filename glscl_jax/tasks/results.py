@@ -169,6 +169,8 @@ def protocol_label(protocol: Mapping[str, Any]) -> str:
     label += " (this split itself)"
   if "views" in protocol:
     label += f", {protocol['views']} views"
+  if "limit" in protocol:
+    label += f", first {protocol['limit']} images"
   return label + ("" if protocol["captions"] == "first" else ", all captions")
 
 
@@ -189,6 +191,8 @@ def protocol_key(protocol: Mapping[str, Any]) -> str:
     parts.append(f"w{protocol['itc_weight']:g}")
   if "views" in protocol:
     parts.append(f"{protocol['views']}views")
+  if "limit" in protocol:
+    parts.append(f"first{protocol['limit']}")
   if protocol["captions"] != "first":
     parts.append(f"{protocol['captions']}_captions")
   return "_".join(parts)
