@@ -95,6 +95,10 @@ class Tokenizer(abc.ABC):
     """The written form of each id."""
 
   @abc.abstractmethod
+  def text(self, ids: Iterable[int]) -> str:
+    """What ids say, without specials; the mask is none of them."""
+
+  @abc.abstractmethod
   def _split(self, text: str) -> tuple[list[int], list[int], bool]:
     """Ids of the bare text, the word number of each, and Tokens.spelled."""
 
@@ -146,6 +150,9 @@ class _SentencePiece(Tokenizer):
       MASK if int(i) == self.mask_id else self._model.id_to_piece(int(i))
       for i in ids
     ]
+
+  def text(self, ids: Iterable[int]) -> str:
+    return self._model.decode([int(i) for i in ids])
 
   def _split(self, text: str) -> tuple[list[int], list[int], bool]:
     ids = self._model.encode(text)
@@ -232,6 +239,10 @@ class _HuggingFace(Tokenizer):
     if None in found:
       raise IndexError(f"{self._name}: an id is not in the vocabulary")
     return found
+
+  def text(self, ids: Iterable[int]) -> str:
+    ids = [int(i) for i in ids]
+    return self._model.decode(ids, skip_special_tokens=True).strip()
 
   def _split(self, text: str) -> tuple[list[int], list[int], bool]:
     encoding = self._model.encode(text, add_special_tokens=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -40,6 +41,13 @@ class System:
   text_vectors: Callable[..., jax.Array]  # (params, x_BLD), unit
   match_scores: Callable[..., jax.Array] | None  # (params, x_BTD,
   # text_valid_BT, y_BID); None: no image-text matching
+  # Captioning; None: the system writes no texts.
+  begin_captions: Callable[..., tuple[jax.Array, Any]] | None = None  # (params,
+  # ids_B, y_BID, length=), logits (B, V) and what is kept
+  extend_captions: Callable[..., tuple[jax.Array, Any]] | None = (
+    None  # (params,
+  )
+  # ids_A, what is kept), the same after one more token
   # Report.
   cross_attention: Callable[..., jax.Array]  # as match_scores
   attention_part: str  # parameters that cross_attention needs
@@ -88,6 +96,8 @@ SYSTEMS = {
     image_vectors=sycoca.image_vectors,
     text_vectors=sycoca.text_vectors,
     match_scores=None,
+    begin_captions=sycoca.begin_captions,
+    extend_captions=sycoca.extend_captions,
     cross_attention=sycoca.cross_attention,
     attention_part="caption_decoder.last",
     describe_fusion=sycoca.describe_fusion,
