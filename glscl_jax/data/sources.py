@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from glscl_jax.data import pairs
+from glscl_jax.data import regions as regions_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,10 @@ class Example:
   """One image with its captions."""
 
   id: str
-  image: bytes  # encoded: PNG, JPEG, ..
+  image: bytes | None  # encoded: PNG, JPEG, ..; None: regions alone are there
   captions: tuple[str, ...]
   image_id: int  # equal for equal images, within one data directory
+  regions: regions_lib.Regions | None = None
 
 
 def splits(data_dir: str | os.PathLike[str]) -> dict[str, int]:
@@ -44,6 +46,39 @@ def tokenizer_path(data_dir: str | os.PathLike[str]) -> pathlib.Path:
     f"{data_dir}: no tokenizer.model or tokenizer.json; set data.tokenizer, "
     "or make the directory again with launch/prepare.py (--train_tokenizer)"
   )
+
+
+def read_schema(
+  data_dir: str | os.PathLike[str],
+) -> regions_lib.Schema | None:
+  """What the regions of a data directory are; None: it has images alone.
+
+  Raises:
+    DataError: its list of classes is not the one that was written.
+  """
+  manifest = pairs.read_manifest(data_dir)
+  if "regions" not in manifest:
+    return None
+  stored, path = (
+    manifest["regions"],
+    pathlib.Path(data_dir, regions_lib.CLASSES),
+  )
+  try:
+    lines = regions_lib.read_classes(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise pairs.DataError(
+      f"{path}: not readable ({error}); make the directory again with "
+      "launch/prepare.py"
+    ) from error
+  schema = regions_lib.Schema(
+    width=stored["feature_width"], classes=lines, images=stored["images"]
+  )
+  if schema.describe() != stored:
+    raise pairs.DataError(
+      f"{path}: not the list that the regions were made with; make the "
+      "directory again with launch/prepare.py"
+    )
+  return schema
 
 
 class Source:
@@ -79,9 +114,10 @@ class Source:
       ) from error
     return Example(
       id=pairs.text_of(record["id"]),
-      image=record["image"],
+      image=pairs.image_of(record),
       captions=tuple(pairs.text_of(caption) for caption in record["captions"]),
       image_id=int(record["image_id"]),
+      regions=pairs.regions_of(record),
     )
 
   def count_captions(self) -> np.ndarray:
@@ -120,9 +156,7 @@ class Source:
 
       with pairs.quiet():
         builder = tfds.builder_from_directory(str(self._data_dir))
-      self._records = builder.as_data_source(
-        split=self._split, decoders={"image": tfds.decode.SkipDecoding()}
-      )
+      self._records = pairs.open_records(builder, self._split)
     return self._records
 
 
