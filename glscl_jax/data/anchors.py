@@ -74,7 +74,12 @@ class _Unit:
 
   first: int  # slot
   end: int  # slot after the last one
-  key: str
+  text: str  # as written
+
+  @property
+  def is_mark(self) -> bool:
+    """Whether no letter or digit is in it."""
+    return not _WORD.search(self.text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +190,7 @@ def find_anchors(
     units = [word for word in words if word is not None]
     if rules.match == "piece":
       units = _tokens(tokens, unknown_id)
+    units = [unit for unit in units if not unit.is_mark]
     found = _shuffle(rng, found, units, np.flatnonzero(class_R > 0))
   found.sort(key=lambda anchor: anchor.unit.first)
   return _arrays(found, confidence_R, rules, len(tokens.ids_T))
@@ -193,17 +199,16 @@ def find_anchors(
 def _words(
   tokens: tokenizer_lib.Tokens, unknown_id: int | None
 ) -> list[_Unit | None]:
-  """The words of the caption; None for those that cannot be anchors."""
+  """The words of the caption, marks too; None for what has no label."""
   slot, num_slots = 1, len(tokens.ids_T)
   found: list[_Unit | None] = []
   for word in tokens.words:
     end = slot + len(word)
     inner = [i for i, text in enumerate(word) if _WORD.search(text)]
-    usable = end < num_slots and inner
-    if usable and unknown_id not in tokens.ids_T[slot:end]:
-      found.append(_Unit(slot + inner[0], slot + inner[-1] + 1, "".join(word)))
-    else:
-      found.append(None)
+    first, last = (inner[0], inner[-1]) if inner else (0, len(word) - 1)
+    known = end < num_slots and unknown_id not in tokens.ids_T[slot:end]
+    unit = _Unit(slot + first, slot + last + 1, "".join(word))
+    found.append(unit if known else None)
     slot = end
   return found
 
@@ -211,8 +216,10 @@ def _words(
 def _tokens(
   tokens: tokenizer_lib.Tokens, unknown_id: int | None
 ) -> list[_Unit]:
+  """The tokens of the caption, each by itself."""
+  written = [text for word in tokens.words for text in word]
   return [
-    _Unit(slot, slot + 1, "")
+    _Unit(slot, slot + 1, written[slot - 1])
     for slot in np.flatnonzero(tokens.word_T >= 0).tolist()
     if tokens.ids_T[slot] != unknown_id
   ]
@@ -228,9 +235,9 @@ def _phrases(
   for count in range(_MAX_WORDS, 0, -1):
     for start in range(len(words) - count + 1):
       part = words[start : start + count]
-      if None in part:
+      if None in part or part[0].is_mark or part[-1].is_mark:
         continue
-      key = _key([(word.key,) for word in part])
+      key = _key([(word.text,) for word in part])
       classes = frozenset().union(
         *(names.phrases.get(form, ()) for form in (key, *singulars(key)))
       )
@@ -282,12 +289,12 @@ def _shuffle(
   region_A: np.ndarray,
 ) -> list[_Found]:
   """As many anchors and pairs, of words and regions drawn at random."""
-  unit_J = rng.permutation(len(units))[: len(found)]
-  region_J = rng.permutation(region_A)[: len(found)]
+  unit_M = rng.permutation(len(units))[: len(found)]
+  region_M = rng.permutation(region_A)[: len(found)]
   drawn = []
-  for anchor, unit, region in zip(found, unit_J, region_J, strict=True):
-    others_A = rng.permutation(region_A[region_A != region])
-    named = (region, *others_A[: len(anchor.named) - 1])
+  for anchor, unit, region in zip(found, unit_M, region_M, strict=True):
+    others_J = rng.permutation(region_A[region_A != region])
+    named = (region, *others_J[: len(anchor.named) - 1])
     drawn.append(_Found(units[unit], int(region), tuple(map(int, named))))
   return drawn
 
