@@ -84,8 +84,15 @@ def read_schema(
 class Source:
   """Random access to the examples of one split; can be pickled."""
 
-  def __init__(self, data_dir: pathlib.Path, split: str, size: int):
+  def __init__(
+    self,
+    data_dir: pathlib.Path,
+    split: str,
+    size: int,
+    schema: regions_lib.Schema | None = None,
+  ):
     self.name = f"{data_dir.name}/{split}"
+    self.schema = schema  # of the regions; None: images alone
     self._data_dir = data_dir
     self._split = split
     self._size = size
@@ -176,7 +183,9 @@ def open_source(data_dir: str | os.PathLike[str], split: str) -> Source:
   for name, entry in manifest["files"].items():
     if f"-{split}.array_record" in name or name == pairs.counts_name(split):
       _check_size(directory / name, entry["size"])
-  source = Source(directory, split, manifest["splits"][split])
+  source = Source(
+    directory, split, manifest["splits"][split], read_schema(directory)
+  )
   source[0]  # fails here rather than in a worker
   return source
 
