@@ -75,6 +75,25 @@ class Batch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Visual:
+  """What is seen beside a text: the pixels of images, or regions instead.
+
+  Names and types are those of Batch.
+  """
+
+  image_BYXC: jax.Array | None = None
+  region_BRP: jax.Array | None = None
+  box_BR7: jax.Array | None = None
+  region_valid_BR: jax.Array | None = None
+
+  @property
+  def valid(self) -> jax.Array | None:
+    """Which of its states count, (B, M) bool; None: all, as of pixels."""
+    return self.region_valid_BR
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossOutput:
   """A scalar to minimise and scalars to log."""
 

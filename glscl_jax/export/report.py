@@ -520,8 +520,10 @@ def _attention(
 
 def _attends(weights: Weights) -> bool:
   """Whether the last fusion layer has parameters of its text stream."""
-  part = registry.find(weights.config).attention_part + "."
-  return any(name.startswith(part) for name in name_arrays(weights.params))
+  part = registry.find(weights.config).attention_part
+  return part is not None and any(
+    name.startswith(f"{part}.") for name in name_arrays(weights.params)
+  )
 
 
 def _attention_row(found: attention.Attention) -> str:

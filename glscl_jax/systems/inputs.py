@@ -11,7 +11,12 @@ from glscl_jax.config import Config
 from glscl_jax.data import masking
 from glscl_jax.models import products, stem, vision
 from glscl_jax.systems import views
-from glscl_jax.types import Batch
+from glscl_jax.types import Batch, Visual
+
+
+def see_images(batch: Batch) -> Visual:
+  """What a system of images sees of a batch."""
+  return Visual(image_BYXC=batch.image_BYXC)
 
 
 def standardize_images(image_BYXC: jax.Array, config: Config) -> jax.Array:

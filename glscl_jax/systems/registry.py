@@ -16,13 +16,14 @@ from glscl_jax.config import Config
 from glscl_jax.systems import (
   glscl,
   glscl_flops,
+  inputs,
   maskvlm,
   maskvlm_flops,
   sycoca,
   sycoca_flops,
 )
 from glscl_jax.systems.flops import Forward
-from glscl_jax.types import LossOutput, Params
+from glscl_jax.types import Batch, LossOutput, Params, Visual
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,15 +35,18 @@ class System:
   loss: Callable[..., LossOutput]  # (params, batch, config=, key=, step=)
   forward: Callable[[Config], Forward]  # FLOPs
   # Retrieval.
-  encode_image: Callable[..., jax.Array]  # (params, image_BYXC)
+  see: Callable[[Batch], Visual]  # what it reads of a batch beside the text
+  encode_visual: Callable[..., jax.Array]  # (params, Visual)
   encode_text: Callable[..., jax.Array]  # (params, text_ids_BT, text_valid_BT)
-  image_vectors: Callable[..., jax.Array]  # (params, y_BID), unit
-  text_vectors: Callable[..., jax.Array]  # (params, x_BLD), unit
+  image_vectors: Callable[..., jax.Array] | None  # (params, y_BMD), unit; None:
+  # no contrastive space
+  text_vectors: Callable[..., jax.Array] | None  # (params, x_BLD), unit
   match_scores: Callable[..., jax.Array] | None  # (params, x_BTD,
-  # text_valid_BT, y_BID); None: no image-text matching
+  # text_valid_BT, y_BMD, Visual.valid); None: no image-text matching
   # Report.
-  cross_attention: Callable[..., jax.Array]  # as match_scores
-  attention_part: str  # parameters that cross_attention needs
+  cross_attention: Callable[..., jax.Array] | None  # (params, x_BTD,
+  # text_valid_BT, y_BMD); None: images are not seen patch by patch
+  attention_part: str | None  # parameters that cross_attention needs
   describe_fusion: Callable[[Config], str]
 
 
@@ -51,7 +55,8 @@ SYSTEMS = {
     init=glscl.init,
     loss=glscl.loss,
     forward=glscl_flops.forward,
-    encode_image=glscl.encode_image,
+    see=inputs.see_images,
+    encode_visual=glscl.encode_visual,
     encode_text=glscl.encode_text,
     image_vectors=glscl.image_vectors,
     text_vectors=glscl.text_vectors,
@@ -66,7 +71,8 @@ SYSTEMS = {
     init=maskvlm.init,
     loss=maskvlm.loss,
     forward=maskvlm_flops.forward,
-    encode_image=maskvlm.encode_image,
+    see=inputs.see_images,
+    encode_visual=maskvlm.encode_visual,
     encode_text=maskvlm.encode_text,
     image_vectors=maskvlm.image_vectors,
     text_vectors=maskvlm.text_vectors,
@@ -83,7 +89,8 @@ SYSTEMS = {
     init=sycoca.init,
     loss=sycoca.loss,
     forward=sycoca_flops.forward,
-    encode_image=sycoca.encode_image,
+    see=inputs.see_images,
+    encode_visual=sycoca.encode_visual,
     encode_text=sycoca.encode_text,
     image_vectors=sycoca.image_vectors,
     text_vectors=sycoca.text_vectors,
