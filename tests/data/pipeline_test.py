@@ -467,6 +467,7 @@ class ListSource:
   """Records in memory, for damage that an ingest would refuse."""
 
   name = "list/train"
+  schema = None  # images alone
 
   def __init__(self, records):
     images = [record.image for record in records]
