@@ -46,6 +46,14 @@ _COLUMNS = (
     "features",
   ),
 )
+_UNREADABLE = (
+  OSError,
+  ValueError,
+  TypeError,
+  EOFError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
 _ARRAYS = ("norm_bb", "features", "conf", "soft_labels")
 _NEEDED = frozenset(_COLUMNS[0])
 _SHORT = {"img_id": "image_id", "img_w": "image_w", "img_h": "image_h"}
@@ -164,32 +172,29 @@ class _Folder(Reader):
     if not path.is_file():
       raise BadRegions(f"no file {path}")
     try:
-      with np.load(path, allow_pickle=False) as arrays:
-        missing = [name for name in _ARRAYS if name not in arrays]
-        if missing:
-          raise BadRegions(f"{path} has no {', '.join(missing)}")
-        box_RA, feature_RP, confidence_R, soft_RV = (
-          arrays[name] for name in _ARRAYS
-        )
-    except BadRegions:
-      raise
-    # Of a cut or damaged file the libraries raise many kinds.
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+      # Opened here: of a damaged file the library leaves its own open.
+      with open(path, "rb") as file, np.load(file) as arrays:
+        found = {name: arrays[name] for name in _ARRAYS if name in arrays}
+    # The libraries raise many kinds.
+    except _UNREADABLE as e:
       raise BadRegions(f"{path} is not readable ({e})") from e
-    if soft_RV.ndim != 2 or soft_RV.shape[1] != self._num_classes + 1:
+    if missing := [name for name in _ARRAYS if name not in found]:
+      raise BadRegions(f"{path} has no {', '.join(missing)}")
+    shape, columns = found["soft_labels"].shape, self._num_classes + 1
+    if len(shape) != 2 or shape[1] != columns:
       raise BadRegions(
-        f"{path}, soft_labels: shape {soft_RV.shape}, expected "
-        f"{self._num_classes + 1} columns, the background and those of "
-        "--classes"
+        f"{path}, soft_labels: shape {shape}, expected {columns} columns, the "
+        "background and those of --classes"
       )
-    if box_RA.ndim != 2 or box_RA.shape[1] not in (4, 6, 7):
-      raise BadRegions(f"{path}, norm_bb: shape {box_RA.shape}")
+    shape = found["norm_bb"].shape
+    if len(shape) != 2 or shape[1] not in (4, 6, 7):
+      raise BadRegions(f"{path}, norm_bb: shape {shape}")
     return regions_lib.Regions(
-      feature_RP=_half(feature_RP),
-      box_R4=box_RA[:, :4].astype(np.float32),
+      feature_RP=_half(found["features"]),
+      box_R4=found["norm_bb"][:, :4].astype(np.float32),
       # Over all classes but the background, the last one too.
-      class_R=(1 + soft_RV[:, 1:].argmax(axis=1)).astype(np.int32),
-      confidence_R=confidence_R.astype(np.float32),
+      class_R=1 + found["soft_labels"][:, 1:].argmax(axis=1).astype(np.int32),
+      confidence_R=found["conf"].astype(np.float32),
     )
 
 

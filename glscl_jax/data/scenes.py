@@ -30,7 +30,7 @@ from glscl_jax.data import regions as regions_lib
 RULES = 1  # raised when pictures or captions change: older data are made again
 NUM_DRAWINGS = 2, 5  # of a scene, at least and at most
 NUM_CAPTIONS = 2  # of a scene
-_NAMED = 3  # things that a caption names, at most
+_NAMED = 2, 3  # things that a caption names, at least and at most
 _SIDES = 0.22, 0.48  # of a drawing's longer side, of the scene's
 _TWICE = 0.3  # probability that two drawings show the same
 _PLACES = 40  # tried before a drawing gets smaller
@@ -313,8 +313,8 @@ def make_caption(rng: np.random.Generator, names: Sequence[str]) -> str:
   """
   counts = collections.Counter(names)
   different = sorted(counts)
-  most = min(_NAMED, len(different))
-  number = int(rng.integers(1, most + 1))
+  least, most = (min(number, len(different)) for number in _NAMED)
+  number = int(rng.integers(least, most + 1))
   order = rng.permutation(len(different))[:number]
   things = [(different[i], counts[different[i]]) for i in order]
   full = [_with_number(*thing) for thing in things]
