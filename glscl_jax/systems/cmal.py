@@ -184,16 +184,16 @@ def judge(
     shown_B = jnp.where(labels_B == 1, in_group_B, index_B)
     run = x_BTD, valid_BT, take(y_BRD, shown_B), take(valid_BR, shown_B)
     return run, Judged(labels_B, found_B | (labels_B == 1))
-  rows_A = matching.false_rows(labels_B, group)
-  shown_A = take(index_B, rows_A)
+  rows_J = matching.false_rows(labels_B, group)
+  shown_J = take(index_B, rows_J)
   run = (
-    take(x_BTD, rows_A),
-    take(valid_BT, rows_A),
-    take(y_BRD, shown_A),
-    take(valid_BR, shown_A),
+    take(x_BTD, rows_J),
+    take(valid_BT, rows_J),
+    take(y_BRD, shown_J),
+    take(valid_BR, shown_J),
   )
-  labels_A = jnp.concatenate([jnp.ones_like(labels_B), jnp.zeros_like(rows_A)])
-  ok_A = jnp.concatenate([labels_B == 1, take(found_B, rows_A)])
+  labels_A = jnp.concatenate([jnp.ones_like(labels_B), jnp.zeros_like(rows_J)])
+  ok_A = jnp.concatenate([labels_B == 1, take(found_B, rows_J)])
   return run, Judged(labels_A, ok_A)
 
 
