@@ -15,6 +15,8 @@ import jax
 
 from glscl_jax.config import Config
 from glscl_jax.systems import (
+  cmal,
+  cmal_flops,
   glscl,
   glscl_flops,
   inputs,
@@ -106,6 +108,22 @@ SYSTEMS = {
     cross_attention=sycoca.cross_attention,
     attention_part="caption_decoder.last",
     describe_fusion=sycoca.describe_fusion,
+  ),
+  "cmal": System(
+    init=cmal.init,
+    loss=cmal.loss,
+    forward=cmal_flops.forward,
+    see=inputs.see_regions,
+    encode_visual=cmal.encode_visual,
+    encode_text=cmal.encode_text,
+    image_vectors=None,
+    text_vectors=None,
+    match_scores=cmal.match_scores,
+    cross_attention=None,
+    attention_part=None,
+    describe_fusion=lambda config: (
+      f"one stack over words and regions, depth {config.model.fusion.depth}"
+    ),
   ),
 }
 
