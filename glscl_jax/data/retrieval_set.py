@@ -165,8 +165,8 @@ def _load(
   encoded = retrieval_set.source[int(retrieval_set.record_U[row])].image
   if encoded is None:
     raise RetrievalSetError(
-      f"split {retrieval_set.split!r}: regions without images, which the system "
-      "cannot read"
+      f"split {retrieval_set.split!r}: regions without images, which "
+      "the system cannot read"
     )
   try:
     image_YXC = transforms.decode(encoded)
