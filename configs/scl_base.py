@@ -3,6 +3,7 @@
 Arguments as for configs/glscl_base.py.
 """
 
+from glscl_jax import ablations
 from glscl_jax import config as config_lib
 
 STEPS = {"ablation": 15_000, "main": 100_000}  # code: SCL@cd0d819
@@ -13,7 +14,7 @@ def get_config(recipe: str = "main"):
   if recipe not in STEPS:
     raise ValueError(f"scl_base.py:{recipe}: the recipes are ablation and main")
   config = config_lib.to_config_dict(config_lib.Config())
-  config.objectives.mltc_image = 0.0
-  config.objectives.mltc_text = 0.0
+  row = ablations.SUITES["glscl"].rows["scl"]
+  config.update_from_flattened_dict(row.overrides)
   config.train.num_steps = STEPS[recipe]
   return config

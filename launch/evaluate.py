@@ -3,6 +3,7 @@
   python launch/evaluate.py --workdir=DIR --task=retrieval
   python launch/evaluate.py --workdir=DIR --data=OTHER --splits=test \
       --rerank=none,querybank,itm --rerank_k=64
+  python launch/evaluate.py --workdir=DIR --task=captioning --decode=beam
 
 DIR is a work dir of launch/train.py or a directory of launch/export.py. Writes
 metrics.json and predictions.json to DIR/eval/TASK; what is in them is in
@@ -25,7 +26,7 @@ from glscl_jax import command_line, errors, sharding
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, retrieval_set, sources, tokenizer
 from glscl_jax.export import weights as weights_lib
-from glscl_jax.tasks import results, retrieval
+from glscl_jax.tasks import captioning, results, retrieval
 from glscl_jax.train import metrics
 
 # {seen, unseen studio} x {seen, unseen concept} of the emoji data.
@@ -37,6 +38,21 @@ EMOJI_CELLS = (
 )
 
 
+# Flags that only one task reads.
+OWN_FLAGS = {
+  "captioning": ("decode", "beam", "length_power", "max_tokens", "min_tokens"),
+  "retrieval": (
+    "rerank",
+    "views",
+    "querybank",
+    "querybank_temperature",
+    "conse_temperature",
+    "rerank_k",
+    "itc_weight",
+    "captions",
+    "pair_batch_size",
+  ),
+}
 CAPTION_LOSSES = {
   "truncated": "longer than the text encoder takes",
   "unknown": "with words that the tokenizer does not know",
@@ -60,7 +76,11 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flag_values=values,
   )
   flags.DEFINE_enum(
-    "task", "retrieval", ["retrieval"], "What to measure.", flag_values=values
+    "task",
+    "retrieval",
+    sorted(OWN_FLAGS),
+    "What to measure.",
+    flag_values=values,
   )
   flags.DEFINE_string(
     "data",
@@ -92,6 +112,13 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     "Views of an image whose mean vector counts: the whole one, and random "
     "ones as in training.",
     lower_bound=1,
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "limit",
+    0,
+    "Only the first images of a split, so many; 0: all. full scores all pairs.",
+    lower_bound=0,
     flag_values=values,
   )
   flags.DEFINE_string(
@@ -157,9 +184,59 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     lower_bound=1,
     flag_values=values,
   )
-  return command_line.parse(
-    values, argv, doc=__doc__, required=["workdir", "rerank"]
+  _define_captioning(values)
+  command_line.parse(values, argv, doc=__doc__, required=["workdir", "rerank"])
+  _check_own(values)
+  return values
+
+
+def _define_captioning(values: flags.FlagValues) -> None:
+  flags.DEFINE_enum(
+    "decode",
+    captioning.Protocol.decode,
+    captioning.DECODES,
+    "captioning: how a caption is searched.",
+    flag_values=values,
   )
+  flags.DEFINE_integer(
+    "beam",
+    captioning.Protocol.beam,
+    "captioning, beam: captions that live on.",
+    lower_bound=1,
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    "length_power",
+    captioning.Protocol.length_power,
+    "captioning, beam: score = log-probability / length ** this.",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "max_tokens",
+    captioning.Protocol.max_tokens,
+    "captioning: of a caption, with the end.",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "min_tokens",
+    captioning.Protocol.min_tokens,
+    "captioning: of a caption, with the end.",
+    flag_values=values,
+  )
+
+
+def _check_own(values: flags.FlagValues) -> None:
+  """Raises absl.flags.Error for a flag that would not be read."""
+  for task, names in OWN_FLAGS.items():
+    for name in names:
+      if values[name].present and task != values.task:
+        raise flags.Error(
+          f"--{name} is of --task={task}, but this is --task={values.task}"
+        )
+  if values.decode == "greedy":
+    for name in ("beam", "length_power"):
+      if values[name].present:
+        raise flags.Error(f"--{name} is of --decode=beam, not of greedy")
 
 
 class Progress:
@@ -260,10 +337,14 @@ def format_result(result: Mapping[str, Any]) -> str:
   ]
   if lost:
     lines.append(f"  captions: {', '.join(lost)}")
-  if result["num_bad_records"]:
-    shown = "; ".join(result["bad_records"][:3])
-    lines.append(f"  {result['num_bad_records']} bad records left out: {shown}")
-  return "\n".join(lines)
+  return "\n".join([*lines, *_format_bad(result)])
+
+
+def _format_bad(result: Mapping[str, Any]) -> list[str]:
+  if not result["num_bad_records"]:
+    return []
+  shown = "; ".join(result["bad_records"][:3])
+  return [f"  {result['num_bad_records']} bad records left out: {shown}"]
 
 
 def evaluate(
@@ -280,9 +361,11 @@ def evaluate(
 
   The protocols share captions and views: a split is encoded once.
   """
-  ((captions, views),) = {(p.captions, p.views) for p in protocols}
-  if any(protocol.fuses for protocol in protocols):
-    retrieval.check_fuses(model.config)
+  ((captions, views, limit),) = {
+    (p.captions, p.views, p.limit) for p in protocols
+  }
+  for protocol in protocols:
+    retrieval.check_protocol(model.config, protocol)
   text_tokenizer = tokenizer.load(model.tokenizer_path)
   tokenizer.check_vocab(model.config, text_tokenizer)
   data = results.identify(data_dir)
@@ -317,7 +400,7 @@ def evaluate(
   for number, split in enumerate(splits, 1):
     progress = Progress(f"[{number}/{len(splits)}] {split}")
     encodings = encode(
-      retrieval_set.read(data_dir, split, captions=captions),
+      retrieval_set.read(data_dir, split, captions=captions, limit=limit),
       keep_tokens=any(p.fuses for p in protocols),
       views=views,
       on_progress=progress,
@@ -367,6 +450,24 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(values: flags.FlagValues) -> int:
+  workdir = pathlib.Path(values.workdir)
+  output = pathlib.Path(values.output or workdir / "eval" / values.task)
+  errors.check_writable(output, option=f"--output={output}")
+  model = weights_lib.open_weights(workdir, step=values.step)
+  print(f"{workdir}: step {model.step}", flush=True)
+  data_dir = model.data_dir(values.data)
+  run = {"captioning": _caption, "retrieval": _retrieve}[values.task]
+  run(values, model, data_dir, output)
+  print(f"wrote {output / results.METRICS}")
+  return 0
+
+
+def _retrieve(
+  values: flags.FlagValues,
+  model: weights_lib.Weights,
+  data_dir: str,
+  output: pathlib.Path,
+) -> None:
   protocols = [
     retrieval.Protocol(
       rerank=rerank,
@@ -377,15 +478,10 @@ def _run(values: flags.FlagValues) -> int:
       itc_weight=values.itc_weight,
       captions=values.captions,
       views=values.views,
+      limit=values.limit,
     )
     for rerank in values.rerank
   ]
-  workdir = pathlib.Path(values.workdir)
-  output = pathlib.Path(values.output or workdir / "eval" / values.task)
-  errors.check_writable(output, option=f"--output={output}")
-  model = weights_lib.open_weights(workdir, step=values.step)
-  print(f"{workdir}: step {model.step}", flush=True)
-  data_dir = model.data_dir(values.data)
   if any(protocol.asks_bank for protocol in protocols):
     check_querybank(data_dir, values.querybank)
   evaluate(
@@ -397,8 +493,92 @@ def _run(values: flags.FlagValues) -> int:
     batch_size=values.batch_size,
     pair_batch_size=values.pair_batch_size,
   )
-  print(f"wrote {output / results.METRICS}")
-  return 0
+
+
+def _caption(
+  values: flags.FlagValues,
+  model: weights_lib.Weights,
+  data_dir: str,
+  output: pathlib.Path,
+) -> None:
+  write_captions(
+    model,
+    data_dir=data_dir,
+    splits=choose_splits(data_dir, values.splits),
+    protocol=captioning.Protocol(
+      decode=values.decode,
+      beam=values.beam,
+      length_power=values.length_power,
+      max_tokens=values.max_tokens,
+      min_tokens=values.min_tokens,
+    ),
+    output=output,
+    batch_size=values.batch_size,
+  )
+
+
+def write_captions(
+  model: weights_lib.Weights,
+  *,
+  data_dir: str,
+  splits: list[str],
+  protocol: captioning.Protocol,
+  output: pathlib.Path,
+  batch_size: int,
+) -> None:
+  """Writes a caption for each image of all splits, after each, on one device.
+
+  Raises:
+    CaptioningError: the model writes none of that length.
+  """
+  captioning.check(model.config, protocol)
+  text_tokenizer = tokenizer.load(model.tokenizer_path)
+  tokenizer.check_vocab(model.config, text_tokenizer)
+  data = results.identify(data_dir)
+  fingerprint = weights_lib.params_sha256(model.params)
+  params = jax.device_put(model.params)
+  for number, split in enumerate(splits, 1):
+    written = captioning.write(
+      params,
+      retrieval_set.read(data_dir, split, captions="all"),
+      config=model.config,
+      tokenizer=text_tokenizer,
+      protocol=protocol,
+      batch_size=batch_size,
+      on_progress=Progress(f"[{number}/{len(splits)}] {split}"),
+    )
+    result = captioning.report(written, protocol=protocol)
+    result["lineage"] = results.make_lineage(
+      step=model.step,
+      params_sha256=fingerprint,
+      config=model.config,
+      training=model.lineage,
+      data=data,
+      split=split,
+    )
+    results.write(
+      output,
+      task="captioning",
+      data=data,
+      result=result,
+      predictions=captioning.predictions(written),
+    )
+    print(format_captions(result, written.texts[:3]), flush=True)
+
+
+def format_captions(result: Mapping[str, Any], examples: Sequence[str]) -> str:
+  """A few lines; the captions themselves are in predictions.json."""
+  numbers = result["metrics"]
+  lines = [
+    f"{result['split']}: {result['num_images']} images "
+    f"({result['lineage']['regime']})",
+    f"  {numbers['exact']:.4f} as one of the image's own captions, "
+    f"{result['num_distinct']} different ones, "
+    f"{numbers['mean_tokens']:.1f} tokens, {result['num_unended']} cut",
+    *(f"  {text}" for text in examples),
+    *_format_bad(result),
+  ]
+  return "\n".join(lines)
 
 
 if __name__ == "__main__":

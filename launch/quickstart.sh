@@ -75,7 +75,7 @@ stage_data() {
 }
 
 # Both encoders, contrastive: what CLIP and RoBERTa weights are to the papers.
-stage_towers() { train "$work/towers" configs/quickstart.py:towers; }
+stage_towers() { train "$work/towers" configs/quickstart.py:glscl_towers; }
 
 stage_glscl() {
   train "$work" configs/quickstart.py --config.train.init_from="$work/towers"

@@ -9,11 +9,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 ARGUMENTS = {
   "cmal_base": ("uniter",),
-  "glscl_base": ("ablation",),
-  "maskvlm_base": ("ablation",),
+  "glscl_base": ("ablation", "meter", "meter_itc"),
+  "maskvlm_base": ("ablation", "albef_like"),
   "scl_base": ("ablation",),
   "sycoca_base": ("ablation", "coca", "clip"),
-  "quickstart": ("towers",),
+  "quickstart": ("glscl_towers", "maskvlm_towers", "maskvlm", "sycoca"),
 }
 RECIPES = [
   recipe

@@ -70,7 +70,11 @@ class ImageBatch:
 
 
 def read(
-  data_dir: str, split: str, *, captions: CaptionChoice = "first"
+  data_dir: str,
+  split: str,
+  *,
+  captions: CaptionChoice = "first",
+  limit: int = 0,
 ) -> RetrievalSet:
   """Reads the ids and captions of a split; decodes nothing.
 
@@ -79,6 +83,7 @@ def read(
     split: one of its splits.
     captions: "first" takes the first caption of each record (for the emoji
       data the name alone), "all" takes every caption.
+    limit: how many images, from the first stored on; 0: all of them.
 
   Raises:
     RetrievalSetError: nothing is left of the split, or `captions` is unknown.
@@ -96,6 +101,8 @@ def read(
       bad.append(f"{example.id}: no caption")
       continue
     if example.image_id not in images:
+      if len(images) == limit > 0:
+        continue
       images[example.image_id] = len(images)
       records.append(record)
       names.append(example.id)

@@ -100,6 +100,10 @@ class Tokenizer(abc.ABC):
     """The written form of each id."""
 
   @abc.abstractmethod
+  def text(self, ids: Iterable[int]) -> str:
+    """What ids say, without specials; the mask is none of them."""
+
+  @abc.abstractmethod
   def _split(self, text: str) -> _Split:
     """Of the bare text: ids, each one's word and writing, Tokens.spelled."""
 
@@ -165,6 +169,9 @@ class _SentencePiece(Tokenizer):
       MASK if int(i) == self.mask_id else self._model.id_to_piece(int(i))
       for i in ids
     ]
+
+  def text(self, ids: Iterable[int]) -> str:
+    return self._model.decode([int(i) for i in ids])
 
   def _split(self, text: str) -> _Split:
     ids = self._model.encode(text)
@@ -254,6 +261,10 @@ class _HuggingFace(Tokenizer):
     if None in found:
       raise IndexError(f"{self._name}: an id is not in the vocabulary")
     return found
+
+  def text(self, ids: Iterable[int]) -> str:
+    ids = [int(i) for i in ids]
+    return self._model.decode(ids, skip_special_tokens=True).strip()
 
   def _split(self, text: str) -> _Split:
     encoding = self._model.encode(text, add_special_tokens=False)

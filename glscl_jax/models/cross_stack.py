@@ -7,6 +7,7 @@ stacks of post_cross blocks, SyCoCa's decoders of coca and pre_cross blocks.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -14,7 +15,22 @@ import flax.linen as nn
 import jax
 
 from glscl_jax.config import ModelConfig
-from glscl_jax.models import layers, transformer
+from glscl_jax.models import attention, layers, transformer
+from glscl_jax.models.transformer import CocaPast
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackPast:
+  """What a `CrossStack` of `CocaBlock`s keeps of a text that grows."""
+
+  body: CocaPast | None  # None: it has but one block
+  last: CocaPast
+
+  def take(self, rows_A: jax.Array) -> StackPast:
+    """Of some texts, see `CocaPast.take`."""
+    body = self.body and self.body.take(rows_A)
+    return StackPast(body, self.last.take(rows_A))
 
 
 class CrossStack(nn.Module):
@@ -86,3 +102,25 @@ class CrossStack(nn.Module):
     return self.last.cross_probabilities(
       x_BLD, context_BMD, valid_BL, context_valid_BM
     )
+
+  def start(self, batch: int, length: int) -> StackPast:
+    """No token yet, room for `length`."""
+    size = batch, length, self.config.fusion.width, self.config.compute_dtype
+    body = None
+    if self.depth > 1:
+      body = CocaPast(attention.start(*size, self.depth - 1), None)
+    return StackPast(body, CocaPast(attention.start(*size), None))
+
+  def extend(
+    self, x_BLD: jax.Array, context_BMD: jax.Array | None, past: StackPast
+  ) -> tuple[jax.Array, StackPast]:
+    """All blocks on tokens that follow those of `past`.
+
+    The context is read with the first ones, later it may be None.
+    """
+    body, context = past.body, (context_BMD, None, None)
+    if body is not None:
+      x_BLD, longer = self.stack(x_BLD, *context, past=body)
+      body = body.replace(longer)
+    x_BLD, longer = self.last(x_BLD, *context, past=past.last)
+    return x_BLD, StackPast(body, past.last.replace(longer))

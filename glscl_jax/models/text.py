@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from glscl_jax.config import ModelConfig
-from glscl_jax.models import layers, products, transformer
+from glscl_jax.models import attention, layers, products, transformer
 
 PAD_POSITION = 1  # RoBERTa: pads read row 1, real tokens rows 2, 3, ..
 
@@ -122,6 +122,22 @@ class CausalTextEncoder(nn.Module):
     valid_BL = jnp.pad(valid_BT, ((0, 0), (0, 1)), constant_values=True)
     dtype = products.activation_dtype(self.config.compute_dtype)
     return self.blocks(x_BLD.astype(dtype), valid_BL)
+
+  def start(self, batch: int, length: int) -> attention.Past:
+    """No token yet, room for `length`."""
+    text = self.config.text
+    return attention.start(
+      batch, length, text.width, self.config.compute_dtype, text.depth
+    )
+
+  def extend(
+    self, ids_BT: jax.Array, past: attention.Past
+  ) -> tuple[jax.Array, attention.Past]:
+    """States of tokens that follow those of `past`, without a class row."""
+    place_T = past.count[0] + jnp.arange(ids_BT.shape[1])
+    x_BTD = self.word_VD[ids_BT] + self.place_LD[place_T][None]
+    dtype = products.activation_dtype(self.config.compute_dtype)
+    return self.blocks(x_BTD.astype(dtype), past=past)
 
   def finish(self, x: jax.Array) -> jax.Array:
     """LN_final of some rows of the states: what contrast compares."""

@@ -6,6 +6,8 @@ scanned and unrolled runs share one checkpoint format.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from glscl_jax.config import ModelConfig
 from glscl_jax.models import attention, layers, products
 
 
@@ -35,7 +38,11 @@ def coca_initializers(width: int, depth: int) -> dict[str, layers.Initializer]:
 
 
 class PreBlock(nn.Module):
-  """`pre`: x += MHA(LN x); x += W2 act(W1 LN x)  (all ViTs, CoCa's text)."""
+  """`pre`: x += MHA(LN x); x += W2 act(W1 LN x)  (all ViTs, CoCa's text).
+
+  With a `past`, which a causal block has, `x` are the tokens that follow, and
+  the longer past is returned beside them.
+  """
 
   width: int
   dtype: str
@@ -50,28 +57,38 @@ class PreBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BLD: jax.Array, valid_BL: jax.Array | None = None
-  ) -> jax.Array:
+    self,
+    x_BLD: jax.Array,
+    valid_BL: jax.Array | None = None,
+    *,
+    past: attention.Past | None = None,
+  ) -> jax.Array | tuple[jax.Array, attention.Past]:
     kernel_init = self.kernel_init
     out_init = self.out_init or kernel_init
     last_init = nn.initializers.zeros if self.zero_residual else out_init
     qkv_init = self.qkv_init or nn.initializers.normal(self.width**-0.5)
     h_BLD = layers.LayerNorm(self.eps, name="norm1")(x_BLD)
-    x_BLD += attention.Attention(
+    attend = attention.Attention(
       self.dtype,
       qkv_init=qkv_init,
       out_init=last_init,
       causal=self.causal,
       name="attention",
-    )(h_BLD, h_BLD, valid_BL)
+    )
+    if past is None:
+      x_BLD += attend(h_BLD, h_BLD, valid_BL)
+    else:
+      mixed_BLD, past = attend.extend(h_BLD, past)
+      x_BLD += mixed_BLD
     h_BLD = layers.LayerNorm(self.eps, name="norm2")(x_BLD)
-    return x_BLD + layers.Mlp(
+    x_BLD += layers.Mlp(
       self.dtype,
       self.activation,
       kernel_init=kernel_init,
       out_init=last_init,
       name="mlp",
     )(h_BLD)
+    return x_BLD if past is None else (x_BLD, past)
 
   def example(self) -> tuple[Any, ...]:
     """Smallest inputs, to create parameters."""
@@ -79,7 +96,7 @@ class PreBlock(nn.Module):
 
 
 class PostBlock(nn.Module):
-  """`post`: x = LN(x + MHA(x)); x = LN(x + MLP(x))  (RoBERTa)."""
+  """`post`: x = LN(x + MHA(x)); x = LN(x + MLP(x))  (BERT)."""
 
   width: int
   dtype: str
@@ -168,11 +185,35 @@ class PostCrossBlock(nn.Module):
     return self.norm1(q_BQD + self.drop(mixed_BQD))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CocaPast:
+  """What a `CocaBlock` keeps of a text that grows."""
+
+  text: attention.Past
+  context: attention.Keys | None  # None: no token yet
+
+  def take(self, rows_A: jax.Array) -> CocaPast:
+    """Of some texts; those of a context lie side by side and stay by it."""
+    return CocaPast(self.text.take(rows_A), self.context)
+
+  def replace(self, longer: CocaPast) -> CocaPast:
+    """`longer`, what a block returned, with the context's keys if it has none.
+
+    A block does not return those that it was given: a scan would copy them.
+    """
+    return CocaPast(longer.text, longer.context or self.context)
+
+
 class CocaBlock(nn.Module):
   """`coca`: self-attention, MLP, cross-attention, MLP, each x += f(LN x).
 
   Self-attention is causal; the context has a norm of its own. The caption
   decoder of CoCa (2205.01917), as open_clip builds it.
+
+  With a `past`, `x` are the tokens that follow, and the longer past is returned
+  beside them; the context is read once, with the first ones. Later there may be
+  several texts of each context, side by side.
   """
 
   width: int
@@ -204,7 +245,11 @@ class CocaBlock(nn.Module):
     context_BMD: jax.Array,
     valid_BL: jax.Array | None,
     context_valid_BM: jax.Array | None,
-  ) -> jax.Array:
+    *,
+    past: CocaPast | None = None,
+  ) -> jax.Array | tuple[jax.Array, CocaPast]:
+    if past is not None:
+      return self._extend(x_BLD, context_BMD, past)
     x_BLD = self._read_text(x_BLD, valid_BL)
     x_BLD += self.cross_attention(
       self.query_norm(x_BLD), self.context_norm(context_BMD), context_valid_BM
@@ -235,6 +280,23 @@ class CocaBlock(nn.Module):
     h_BLD = self.self_norm(x_BLD)
     x_BLD += self.self_attention(h_BLD, h_BLD, valid_BL)
     return x_BLD + self.mlp(self.mlp_norm(x_BLD))
+
+  def _extend(self, x_ALD, context_BMD, past):
+    mixed_ALD, text = self.self_attention.extend(
+      self.self_norm(x_ALD), past.text
+    )
+    x_ALD += mixed_ALD
+    x_ALD += self.mlp(self.mlp_norm(x_ALD))
+    made = None
+    if past.context is None:
+      made = self.cross_attention.keys(self.context_norm(context_BMD))
+    keys = made or past.context
+    # The texts of one context ask it together: its keys are not repeated.
+    asked = keys.k_BHMK.shape[0], -1, x_ALD.shape[2]
+    mixed = self.cross_attention(self.query_norm(x_ALD).reshape(asked), keys)
+    x_ALD += mixed.reshape(x_ALD.shape)
+    x_ALD += self.cross_mlp(self.cross_mlp_norm(x_ALD))
+    return x_ALD, CocaPast(text, made)
 
 
 class PreCrossBlock(nn.Module):
@@ -300,7 +362,9 @@ class Stack(nn.Module):
   """`depth` equal blocks, one after the other; with none the carry stays.
 
   `make_block` builds a block with `parent=None`; its `__call__(carry,
-  *context)` returns the next carry.
+  *context)` returns the next carry. With a `past`, one a layer on a leading
+  axis, it is called with its own one too and returns the next one as well; so
+  does the stack.
   """
 
   make_block: Callable[[], nn.Module]
@@ -309,9 +373,9 @@ class Stack(nn.Module):
   remat: str
 
   @nn.compact
-  def __call__(self, carry: Any, *context: Any) -> Any:
+  def __call__(self, carry: Any, *context: Any, past: Any = None) -> Any:
     if not self.depth:
-      return carry
+      return carry if past is None else (carry, past)
     block = self.make_block()
     layers_N = self.param("layers", self._init_layers)
     drops = self.has_rng("dropout")
@@ -320,22 +384,50 @@ class Stack(nn.Module):
     )
 
     def body(carry, layer):
-      params, key = layer
+      params, key, past = layer
       rngs = {"dropout": key} if drops else {}
-      return block.apply({"params": params}, carry, *context, rngs=rngs), None
+      run = functools.partial(
+        block.apply, {"params": params}, carry, *context, rngs=rngs
+      )
+      return (run(), None) if past is None else run(past=past)
 
     if self.remat != "none":
       body = jax.checkpoint(
         body, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan
       )
+    inputs = layers_N, keys_N, past
     if self.scan:
-      return jax.lax.scan(body, carry, (layers_N, keys_N))[0]
-    for i in range(self.depth):
-      carry, _ = body(carry, jax.tree.map(lambda a: a[i], (layers_N, keys_N)))  # noqa: B023
-    return carry
+      carry, longer = jax.lax.scan(body, carry, inputs)
+    else:
+      found = []
+      for i in range(self.depth):
+        carry, one = body(carry, jax.tree.map(lambda a: a[i], inputs))  # noqa: B023
+        found.append(one)
+      longer = jax.tree.map(lambda *a: jnp.stack(a), *found)
+    return carry if past is None else (carry, longer)
 
   def _init_layers(self, key: jax.Array) -> Any:
     block = self.make_block()
     example = block.example()
     keys_N = jax.random.split(key, self.depth)
     return jax.vmap(lambda k: block.init(k, *example)["params"])(keys_N)
+
+
+def make_post_stack(config: ModelConfig, depth: int) -> Stack:
+  """`depth` post blocks over states of `fusion.width`: CMAL's encoder."""
+  fusion = config.fusion
+  return Stack(
+    functools.partial(
+      PostBlock,
+      width=fusion.width,
+      dtype=config.compute_dtype,
+      eps=fusion.norm_eps,
+      dropout=fusion.dropout,
+      init_std=config.init_std,
+      zero_residual=config.zero_residual,
+      parent=None,
+    ),
+    depth,
+    config.scan,
+    config.remat,
+  )

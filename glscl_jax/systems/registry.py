@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from glscl_jax.config import Config
 from glscl_jax.systems import (
+  cmal,
+  cmal_flops,
   glscl,
   glscl_flops,
   inputs,
@@ -43,6 +46,11 @@ class System:
   text_vectors: Callable[..., jax.Array] | None  # (params, x_BLD), unit
   match_scores: Callable[..., jax.Array] | None  # (params, x_BTD,
   # text_valid_BT, y_BMD, Visual.valid); None: no image-text matching
+  # Captioning; None: the system writes no texts. Both give logits (B, V) of the
+  # next token and what is kept for it: begin (params, ids_B, y_BMD, length=),
+  # extend (params, ids_A, kept).
+  begin_captions: Callable[..., tuple[jax.Array, Any]] | None = None
+  extend_captions: Callable[..., tuple[jax.Array, Any]] | None = None
   # Report.
   cross_attention: Callable[..., jax.Array] | None  # (params, x_BTD,
   # text_valid_BT, y_BMD); None: images are not seen patch by patch
@@ -95,9 +103,27 @@ SYSTEMS = {
     image_vectors=sycoca.image_vectors,
     text_vectors=sycoca.text_vectors,
     match_scores=None,
+    begin_captions=sycoca.begin_captions,
+    extend_captions=sycoca.extend_captions,
     cross_attention=sycoca.cross_attention,
     attention_part="caption_decoder.last",
     describe_fusion=sycoca.describe_fusion,
+  ),
+  "cmal": System(
+    init=cmal.init,
+    loss=cmal.loss,
+    forward=cmal_flops.forward,
+    see=inputs.see_regions,
+    encode_visual=cmal.encode_visual,
+    encode_text=cmal.encode_text,
+    image_vectors=None,
+    text_vectors=None,
+    match_scores=cmal.match_scores,
+    cross_attention=None,
+    attention_part=None,
+    describe_fusion=lambda config: (
+      f"one stack over words and regions, depth {config.model.fusion.depth}"
+    ),
   ),
 }
 

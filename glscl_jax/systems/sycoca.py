@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from glscl_jax.config import Config
 from glscl_jax.data import masking
-from glscl_jax.models import layers, vision
+from glscl_jax.models import attention, cross_stack, layers, vision
 from glscl_jax.models.sycoca import SyCoCa
 from glscl_jax.objectives import (
   attentive,
@@ -351,6 +351,65 @@ def cross_attention(
 
   maps_BHTI = _apply(params, config, method)
   return jnp.pad(maps_BHTI, ((0, 0), (0, 0), (0, 0), (1, 0)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CaptionPast:
+  """What both causal stacks keep of captions that grow, and of their images."""
+
+  text: attention.Past
+  decoder: cross_stack.StackPast
+
+  def take(self, rows_A: jax.Array) -> CaptionPast:
+    """Of some captions; those of an image lie side by side and stay by it."""
+    return CaptionPast(self.text.take(rows_A), self.decoder.take(rows_A))
+
+
+def _extend(
+  model: SyCoCa, ids_A: jax.Array, y_BMD: jax.Array | None, past: CaptionPast
+) -> tuple[jax.Array, CaptionPast]:
+  """Logits after one more token, (A, V); without y the images are known."""
+  x_A1D, text = model.text.extend(ids_A[:, None], past.text)
+  h_A1D, decoder = model.caption_decoder.extend(x_A1D, y_BMD, past.decoder)
+  return model.caption_head(h_A1D[:, 0]), CaptionPast(text, decoder)
+
+
+def begin_captions(
+  params: Params,
+  ids_B: jax.Array,
+  y_BID: jax.Array,
+  *,
+  length: int,
+  config: Config,
+) -> tuple[jax.Array, CaptionPast]:
+  """Logits of the token after the first one, (B, V), and what is kept.
+
+  All patches are there, as in `cross_attention`.
+
+  Args:
+    params: as made by `init`.
+    ids_B: the first token.
+    y_BID: of `encode_visual`.
+    length: room for tokens, the first one included.
+    config: the run's.
+  """
+
+  def method(model: SyCoCa) -> tuple[jax.Array, CaptionPast]:
+    size = ids_B.shape[0], length
+    past = CaptionPast(
+      model.text.start(*size), model.caption_decoder.start(*size)
+    )
+    return _extend(model, ids_B, y_BID[:, 1:], past)
+
+  return _apply(params, config, method)
+
+
+def extend_captions(
+  params: Params, ids_A: jax.Array, past: CaptionPast, *, config: Config
+) -> tuple[jax.Array, CaptionPast]:
+  """Logits of the token after one more, (A, V), and what is kept."""
+  return _apply(params, config, lambda model: _extend(model, ids_A, None, past))
 
 
 def describe_fusion(config: Config) -> str:

@@ -169,11 +169,15 @@ def protocol_label(protocol: Mapping[str, Any]) -> str:
     label += " (this split itself)"
   if "views" in protocol:
     label += f", {protocol['views']} views"
+  if "limit" in protocol:
+    label += f", first {protocol['limit']} images"
   return label + ("" if protocol["captions"] == "first" else ", all captions")
 
 
 def protocol_key(protocol: Mapping[str, Any]) -> str:
-  """A short name of a protocol, such as "itm_k128" or "none_all_captions"."""
+  """A short name, such as "itm_k128", "none_all_captions" or "greedy"."""
+  if "decode" in protocol:
+    return _decode_key(protocol)
   parts = [protocol["rerank"]]
   if "querybank" in protocol:
     parts.append(
@@ -187,9 +191,20 @@ def protocol_key(protocol: Mapping[str, Any]) -> str:
     parts.append(f"w{protocol['itc_weight']:g}")
   if "views" in protocol:
     parts.append(f"{protocol['views']}views")
+  if "limit" in protocol:
+    parts.append(f"first{protocol['limit']}")
   if protocol["captions"] != "first":
     parts.append(f"{protocol['captions']}_captions")
   return "_".join(parts)
+
+
+def _decode_key(protocol: Mapping[str, Any]) -> str:
+  parts = [protocol["decode"]]
+  if protocol["decode"] == "beam":
+    parts.append(f"b{protocol['beam']}_a{protocol['length_power']:g}")
+  return "_".join(
+    [*parts, f"{protocol['min_tokens']}to{protocol['max_tokens']}"]
+  )
 
 
 def write(
@@ -206,8 +221,8 @@ def write(
     directory: made when missing.
     task: such as "retrieval".
     data: the data set evaluated.
-    result: needs split, protocol, metrics, chance and lineage.
-    predictions: the best candidates of every query.
+    result: needs split, protocol, metrics and lineage.
+    predictions: what the model answered to every query.
 
   Raises:
     ResultError: lineage is incomplete or a number is not finite.

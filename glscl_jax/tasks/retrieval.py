@@ -66,6 +66,7 @@ class Protocol:
   itc_weight: float = 1.0  # itm_plus_itc only
   captions: retrieval_sets.CaptionChoice = "first"
   views: int = 1  # of an image, whose mean vector counts [choice]
+  limit: int = 0  # images of a split, from the first stored on; 0: all
 
   def __post_init__(self):
     if self.rerank not in RERANKS:
@@ -74,6 +75,8 @@ class Protocol:
       raise RetrievalError(f"rerank_k must be positive, is {self.rerank_k}")
     if self.views < 1:
       raise RetrievalError(f"views must be positive, is {self.views}")
+    if self.limit < 0:
+      raise RetrievalError(f"limit must not be negative, is {self.limit}")
     for name in ("querybank_temperature", "conse_temperature"):
       if not getattr(self, name) > 0:
         raise RetrievalError(
@@ -109,6 +112,8 @@ class Protocol:
       facts["itc_weight"] = self.itc_weight
     if self.views > 1:
       facts["views"] = self.views
+    if self.limit:
+      facts["limit"] = self.limit
     facts["ties"] = "count against the model"
     facts["unit"] = "R@k are shares of the queries"
     return facts
@@ -184,19 +189,24 @@ def _make_programs(
 ) -> _Programs:
   system = registry.find(config)
 
+  def vectors(project, params, states_BLD):
+    if config.objectives.itc == 0:
+      return jnp.zeros((states_BLD.shape[0], 0))
+    return project(params, states_BLD, config=config)
+
   # Without re-ranking no token state leaves the devices.
   def encode_images(params, image_BYXC, *, keep):
     y_BID = system.encode_visual(
       params, Visual(image_BYXC=image_BYXC), config=config
     )
-    image_BE = system.image_vectors(params, y_BID, config=config)
+    image_BE = vectors(system.image_vectors, params, y_BID)
     return y_BID if keep else None, image_BE
 
   def encode_texts(params, text_ids_BT, text_valid_BT, *, keep):
     x_BLD = system.encode_text(
       params, text_ids_BT, text_valid_BT, config=config
     )
-    text_BE = system.text_vectors(params, x_BLD, config=config)
+    text_BE = vectors(system.text_vectors, params, x_BLD)
     return x_BLD if keep else None, text_BE
 
   def match(params, x_ZTD, valid_ZT, y_UID, text_row_B, image_row_B):
@@ -250,6 +260,9 @@ def encode(
 ) -> Encodings:
   """Encodes every image and every caption of a split once.
 
+  Vectors of a model that was trained without ITC have width 0; its tokens can
+  be scored by fusion.
+
   Args:
     params: of the model that `config` describes.
     retrieval_set: the split.
@@ -267,7 +280,6 @@ def encode(
     RetrievalError: the model gives vectors that are not finite.
   """
   started = time.perf_counter()
-  _check_head(config, "itc", "the dual encoder orders by it")
   programs = _make_programs(config, mesh)
   settings = {
     "batch_size": _round_to_mesh(batch_size, mesh),
@@ -425,12 +437,17 @@ def _check_head(config: config_lib.Config, name: str, why: str) -> None:
     )
 
 
-def check_fuses(config: config_lib.Config) -> None:
-  """Checks that the model can score pairs, as `Protocol.fuses` asks.
+def check_protocol(config: config_lib.Config, protocol: Protocol) -> None:
+  """Checks that the model can order candidates as the protocol asks.
 
   Raises:
-    RetrievalError: its system matches no pairs, or it was trained without.
+    RetrievalError: its system matches no pairs, or it was trained without what
+      the protocol orders by.
   """
+  if protocol.rerank != "full":
+    _check_head(config, "itc", "the dual encoder orders by it; full needs none")
+  if not protocol.fuses:
+    return
   if registry.find(config).match_scores is None:
     raise RetrievalError(
       f"system {config.system!r} has no image-text matching, which re-ranking "
@@ -468,9 +485,8 @@ def fuse(
     on_progress: as for `encode`.
 
   Raises:
-    RetrievalError: encodings without tokens, or a model without ITM head.
+    RetrievalError: encodings without tokens.
   """
-  check_fuses(config)
   if encodings.image_tokens is None:
     raise RetrievalError("re-ranking needs encodings with keep_tokens=True")
   cosine_UZ = encodings.cosine_UZ
@@ -786,8 +802,7 @@ def evaluate(
   on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
   """Reads, encodes and ranks one split by one protocol; see `report`."""
-  if protocol.fuses:
-    check_fuses(config)
+  check_protocol(config, protocol)
   encode_split = functools.partial(
     encode,
     config=config,
@@ -800,7 +815,10 @@ def evaluate(
     retrieval_sets.read, data_dir, captions=protocol.captions
   )
   encodings = encode_split(
-    params, read(split), keep_tokens=protocol.fuses, views=protocol.views
+    params,
+    read(split, limit=protocol.limit),
+    keep_tokens=protocol.fuses,
+    views=protocol.views,
   )
   fused = bank = None
   if protocol.asks_bank:

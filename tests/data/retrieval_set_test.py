@@ -61,6 +61,14 @@ def test_first_takes_one_caption_a_record(data_dir):
   assert found.relevant_UZ.sum() == 5
 
 
+def test_a_limit_counts_images_and_keeps_all_their_captions(data_dir):
+  whole = as_sets(retrieval_set.read(data_dir, "test", captions="all"))
+  for limit in (1, 2, 3):
+    part = retrieval_set.read(data_dir, "test", captions="all", limit=limit)
+    assert part.num_images == limit
+    assert as_sets(part).items() <= whole.items()
+
+
 def test_a_record_without_caption_is_counted_and_named(data_dir):
   found = retrieval_set.read(data_dir, "test")
   assert found.bad == ("test-5: no caption",)

@@ -94,6 +94,12 @@ def test_the_pieces_spell_the_text(loaded):
   assert text.replace("\u2581", " ").replace("\u0120", " ").strip() == TEXTS[0]
 
 
+def test_ids_give_the_text_back(loaded):
+  tokens = loaded.encode(TEXTS[0], 60)
+  assert loaded.text(tokens.ids_T[tokens.valid_T]) == TEXTS[0]
+  assert loaded.text([]) == ""
+
+
 def test_a_long_text_is_cut_so_that_the_end_stays_last(loaded):
   whole = loaded.encode(TEXTS[0], 60)
   used = int(whole.valid_T.sum())

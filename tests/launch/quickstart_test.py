@@ -191,7 +191,7 @@ def test_the_second_training_starts_from_the_first(clone):
   _, _, lines = start(clone)
   work = clone / "runs/quickstart-seed0"
   assert f"--workdir={work}/towers" in lines[1].split()
-  assert "--config=configs/quickstart.py:towers" in lines[1].split()
+  assert "--config=configs/quickstart.py:glscl_towers" in lines[1].split()
   assert f"--workdir={work}" in lines[2].split()
   assert f"--config.train.init_from={work}/towers" in lines[2].split()
 

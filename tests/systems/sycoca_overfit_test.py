@@ -1,10 +1,13 @@
 """32 pairs: a guess at first, then learned by heart; what captions are for."""
 
+import functools
 import math
 
+import jax
 import numpy as np
 import pytest
 
+from glscl_jax.tasks import captioning, decoding
 from tests import overfit, random_pairs
 
 CONFIG = random_pairs.sycoca(
@@ -80,3 +83,21 @@ def test_vectors_rank_the_own_partner_first_both_ways(trained, batch):
   assert set(scores) == {"vectors"}
   for rank in overfit.ranks(scores["vectors"]):
     np.testing.assert_array_equal(rank, 0)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_captions_known_by_heart_are_written(beam, trained, batch):
+  marks = captioning.Marks(
+    start=random_pairs.START,
+    end=random_pairs.END,
+    never=(random_pairs.START, random_pairs.PAD, 63),
+  )
+  options = decoding.Options(beam=beam, max_tokens=3, min_tokens=1)
+  write = functools.partial(
+    captioning.caption, config=CONFIG, marks=marks, options=options
+  )
+  found = jax.jit(write)(trained.params, batch.image_BYXC)
+  np.testing.assert_array_equal(found.length_B, 3)
+  right_B = np.all(found.ids_BL == batch.text_ids_BT[:, 1:], axis=1)
+  # Not all of them: in training captions read half of the patches.
+  assert np.sum(right_B) >= 27

@@ -427,11 +427,43 @@ def test_a_model_with_nan_is_refused(model):
     dataclasses.replace(model, params=broken).encode()
 
 
+def without_contrast(config):
+  objectives = dataclasses.replace(config.objectives, itc=0.0)
+  return dataclasses.replace(config, objectives=objectives)
+
+
+def evaluate(model, config, **protocol):
+  return retrieval.evaluate(
+    model.params,
+    config,
+    model.tokenizer,
+    model.data_dir,
+    "test",
+    protocol=retrieval.Protocol(**protocol),
+    batch_size=16,
+  )
+
+
 def test_a_model_without_the_head_is_refused(model):
-  objectives = dataclasses.replace(model.config.objectives, itc=0.0)
-  config = dataclasses.replace(model.config, objectives=objectives)
-  with pytest.raises(retrieval.RetrievalError, match="objectives.itc = 0"):
-    dataclasses.replace(model, config=config).encode()
+  config = without_contrast(model.config)
+  for rerank in set(retrieval.RERANKS) - {"full"}:
+    with pytest.raises(retrieval.RetrievalError, match="objectives.itc = 0"):
+      evaluate(model, config, rerank=rerank)
+
+
+def test_all_pairs_are_scored_without_a_contrastive_head_too(model):
+  ranked = evaluate(model, without_contrast(model.config), rerank="full")
+  assert (
+    ranked["metrics"] == evaluate(model, model.config, rerank="full")["metrics"]
+  )
+
+
+def test_a_limit_leaves_the_first_images_and_stands_in_the_key(model):
+  found = evaluate(model, model.config, limit=4)
+  assert found["num_images"] == 4
+  assert found["chance"]["i2t_r1"] > 1 / 15
+  assert results.protocol_key(found["protocol"]) == "none_first4"
+  assert "first 4 images" in results.protocol_label(found["protocol"])
 
 
 def test_an_unknown_protocol_is_refused():
@@ -439,6 +471,8 @@ def test_an_unknown_protocol_is_refused():
     retrieval.Protocol(rerank="best")
   with pytest.raises(retrieval.RetrievalError, match="views must be positive"):
     retrieval.Protocol(views=0)
+  with pytest.raises(retrieval.RetrievalError, match="limit must not be neg"):
+    retrieval.Protocol(limit=-1)
   for name in ("querybank_temperature", "conse_temperature"):
     with pytest.raises(retrieval.RetrievalError, match=name):
       retrieval.Protocol(rerank="querybank", **{name: 0.0})

@@ -27,7 +27,7 @@ DISTINCT = [
     "glscl_base",
     "maskvlm_base",
     "quickstart",
-    "quickstart_towers",
+    "quickstart_glscl_towers",
     "scl_base",
     "sycoca_base",
   )
