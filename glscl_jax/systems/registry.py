@@ -22,6 +22,7 @@ from glscl_jax.systems import (
   sycoca,
   sycoca_flops,
 )
+from glscl_jax.systems.completed import Completed
 from glscl_jax.systems.flops import Forward
 from glscl_jax.types import LossOutput, Params
 
@@ -41,17 +42,22 @@ class System:
   text_vectors: Callable[..., jax.Array]  # (params, x_BLD), unit
   match_scores: Callable[..., jax.Array] | None  # (params, x_BTD,
   # text_valid_BT, y_BID); None: no image-text matching
-  # Captioning; None: the system writes no texts.
-  begin_captions: Callable[..., tuple[jax.Array, Any]] | None = None  # (params,
-  # ids_B, y_BID, length=), logits (B, V) and what is kept
-  extend_captions: Callable[..., tuple[jax.Array, Any]] | None = (
-    None  # (params,
-  )
-  # ids_A, what is kept), the same after one more token
+  # Captions, token by token: (params, ids_B, y_BID, length=) begins, (params,
+  # ids_A, what is kept) goes on; both give logits (A, V) and what is kept.
+  begin_captions: Callable[..., tuple[jax.Array, Any]] | None = None
+  extend_captions: Callable[..., tuple[jax.Array, Any]] | None = None
   # Report.
   cross_attention: Callable[..., jax.Array]  # as match_scores
   attention_part: str  # parameters that cross_attention needs
   describe_fusion: Callable[[Config], str]
+  # Hidden patches: (params, batch, text_ids_BT, text_valid_BT, key=); the
+  # objective that trains it; which are hidden.
+  complete_patches: Callable[..., Completed] | None = None
+  patch_objective: str = ""
+  describe_hidden: Callable[[Config], str] | None = None
+  # Logits (B, J, V) of masked words, from the image: (params, batch).
+  word_logits: Callable[..., jax.Array] | None = None
+  word_objective: str = ""
 
 
 SYSTEMS = {
@@ -81,6 +87,14 @@ SYSTEMS = {
     match_scores=maskvlm.match_scores,
     cross_attention=maskvlm.cross_attention,
     attention_part="text_cross.last",
+    complete_patches=maskvlm.complete_patches,
+    patch_objective="mim",
+    describe_hidden=lambda config: (
+      f"random blocks of {config.masking.image_block_size} px, "
+      f"{100 * config.masking.image_block_ratio:g} % of them, rounded up"
+    ),
+    word_logits=maskvlm.word_logits,
+    word_objective="mlm",
     describe_fusion=lambda config: (
       f"cross-attention, depth {config.model.fusion.image_depth} (image), "
       f"{config.model.fusion.text_depth} (text), "
@@ -100,6 +114,9 @@ SYSTEMS = {
     extend_captions=sycoca.extend_captions,
     cross_attention=sycoca.cross_attention,
     attention_part="caption_decoder.last",
+    complete_patches=sycoca.complete_patches,
+    patch_objective="tg_mim",
+    describe_hidden=sycoca.describe_hidden,
     describe_fusion=sycoca.describe_fusion,
   ),
 }
