@@ -22,7 +22,7 @@ def get_config(recipe: str = "main"):
     )
   config = config_lib.to_config_dict(config_lib.Config())
   if recipe in ROWS:
-    ablations.apply(config, ROWS[recipe])
+    config.update_from_flattened_dict(ROWS[recipe].overrides)
     recipe = "ablation"
   config.train.num_steps = STEPS[recipe]
   return config

@@ -14,7 +14,7 @@ from glscl_jax import config as config_lib
 VOCAB_SIZE = 3365  # as launch/prepare.py prints for the emoji captions
 TOWERS_STEPS = 2000
 SECOND_STEPS = 200  # of GLSCL and MaskVLM, after the towers
-SYCOCA_STEPS = 1600
+SYCOCA_STEPS = 1200
 
 
 def _shrink(config) -> None:

@@ -14,6 +14,7 @@ def get_config(recipe: str = "main"):
   if recipe not in STEPS:
     raise ValueError(f"scl_base.py:{recipe}: the recipes are ablation and main")
   config = config_lib.to_config_dict(config_lib.Config())
-  ablations.apply(config, ablations.SUITES["glscl"].rows["scl"])
+  row = ablations.SUITES["glscl"].rows["scl"]
+  config.update_from_flattened_dict(row.overrides)
   config.train.num_steps = STEPS[recipe]
   return config

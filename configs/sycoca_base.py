@@ -24,7 +24,7 @@ def get_config(recipe: str = "main"):
     )
   config = config_lib.to_config_dict(config_lib.sycoca_defaults())
   if recipe in ROWS:
-    ablations.apply(config, ROWS[recipe])
+    config.update_from_flattened_dict(ROWS[recipe].overrides)
     recipe = "ablation"
   pairs, epochs = RECIPES[recipe]
   config.train.num_steps = epochs * pairs // config.data.batch_size

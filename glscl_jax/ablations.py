@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
-import ml_collections
+from glscl_jax.config import SYSTEM_OBJECTIVES
 
 Value = float | int | str | bool
 
@@ -32,12 +31,23 @@ class Row:
 class Suite:
   """A table: rows that share recipe, data, start and number of steps."""
 
-  recipe: str  # stage of configs/quickstart.py
+  system: str  # and stage of configs/quickstart.py
   towers: str = ""  # stage whose weights all rows start from
   source: str  # of the paper's values
   paper_column: str  # what they are
   expected: str  # the order that the paper finds
   rows: Mapping[str, Row]  # by a name for folders and flags
+  splits: tuple[str, ...] = (  # held out, of the quick start's data
+    "test_unseen_studio_seen_concept",
+    "test_unseen_studio_unseen_concept",
+  )
+
+  def has(self, row: Row, objective: str) -> bool:
+    """Whether the row trains the objective."""
+    path = f"objectives.{objective}"
+    if objective not in SYSTEM_OBJECTIVES[self.system]:
+      return False
+    return path not in row.overrides or row.overrides[path] != 0
 
 
 def _off(*objectives: str) -> dict[str, Value]:
@@ -47,7 +57,7 @@ def _off(*objectives: str) -> dict[str, Value]:
 _COMPLETION = ("mgsc_image", "mgsc_text", "mltc_image", "mltc_text")
 
 _GLSCL = Suite(
-  recipe="glscl",
+  system="glscl",
   towers="glscl_towers",
   source="SCL, 2211.13437; GLSCL, 2306.07096",
   paper_column="paper",
@@ -63,7 +73,7 @@ _GLSCL = Suite(
 )
 
 _MASKVLM = Suite(
-  recipe="maskvlm",
+  system="maskvlm",
   towers="maskvlm_towers",
   source="MaskVLM, 2208.02131; 50 % of CC3M and COCO, Flickr30k fine-tuned",
   paper_column="paper, IR / TR R@1",
@@ -96,7 +106,7 @@ _MASKVLM = Suite(
 )
 
 _SYCOCA = Suite(
-  recipe="sycoca",
+  system="sycoca",
   source="SyCoCa, 2401.02137; CC3M, zero-shot COCO",
   paper_column="paper, mTR / mIR",
   expected=(
@@ -145,13 +155,3 @@ _SYCOCA = Suite(
 SUITES: Mapping[str, Suite] = MappingProxyType(
   {"glscl": _GLSCL, "maskvlm": _MASKVLM, "sycoca": _SYCOCA}
 )
-
-
-def apply(config: ml_collections.ConfigDict, row: Row) -> None:
-  """Changes a system's recipe into that of the row."""
-  for path, value in row.overrides.items():
-    *parents, name = path.split(".")
-    node: Any = config
-    for parent in parents:
-      node = node[parent]
-    node[name] = value

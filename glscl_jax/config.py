@@ -144,7 +144,8 @@ class TextConfig:
   """A transformer with learned positions.
 
   SCL, GLSCL, MaskVLM: RoBERTa's, post-norm. SyCoCa: CoCa's, pre-norm and
-  causal, with the class token appended.
+  causal, with the class token appended. CMAL: BERT's embeddings, whose blocks
+  are `model.unimodal_layers`; it does not read `depth`.
   """
 
   vocab_size: int = 50265  # V; must equal the tokenizer's
@@ -159,7 +160,7 @@ class TextConfig:
   embedding_norm: bool = True  # False: a word counts by the length of its
   # vector; those never trained shrink by optimizer.weight_decay [choice]
   num_positions: int = 514  # real tokens use rows 2, 3, ..; pads use row 1.
-  # CoCa's use 0, 1, .. and the class token the last one
+  # CoCa's use 0, 1, .. and the class token the last one; BERT's 0, 1, ..
   norm_eps: float = 1e-5
   dropout: float = 0.1
 
@@ -176,12 +177,25 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RegionConfig:
+  """What a detector found in an image, in place of its pixels: CMAL."""
+
+  number: int = 36  # R, slots of an image; those it does not fill are padding
+  feature_width: int = 2048  # P, values of a region's feature
+  num_classes: int = 1600  # of the detector, 1, 2, ..; 0 is the background
+
+  def __post_init__(self):
+    _check_positive(self, "number", "feature_width", "num_classes")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FusionConfig:
   """How text and image meet.
 
   SCL, GLSCL (METER): co-attention, `depth` layers per stream. MaskVLM: stacks
   of cross-attention blocks, `image_depth`, `text_depth`, `decoder_depth`.
   SyCoCa: a caption decoder of `text_depth`, an image decoder of `image_depth`.
+  CMAL: one stack of `depth` blocks over words and regions, all rows of them.
   """
 
   width: int = 768  # D
@@ -217,6 +231,7 @@ class ModelConfig:
 
   vision: VisionConfig = field(default_factory=VisionConfig)
   text: TextConfig = field(default_factory=TextConfig)
+  region: RegionConfig = field(default_factory=RegionConfig)
   fusion: FusionConfig = field(default_factory=FusionConfig)
   joint_width: int = 512  # E, of the contrastive space
   joint_projection: Literal["mlp", "linear", "matrix", "none"] = "mlp"  # into
@@ -226,16 +241,25 @@ class ModelConfig:
   match_features: Literal["pooled", "product", "concat"] = "pooled"  # what ITM
   # reads of the two fused class states: pooled, in SCL and GLSCL; their product
   # [uncertain] or both side by side [choice], in MaskVLM
+  unimodal_layers: tuple[int, int] = (0, 0)  # CMAL: blocks of regions and of
+  # words by themselves, before the swap: none [code], some in the paper's text
+  # [uncertain]
   init_std: float = 0.02  # text, fusion and heads
   zero_residual: bool = False  # encoders start as the identity: the last
   # matrix of each residual branch is 0 [choice]
-  itc_temperature: float = 0.07  # initial value of the learned divisor
+  itc_temperature: float = 0.07  # initial value of the learned divisor, of ITC
+  # and of WRC
   compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of products
   scan: bool = True  # one compiled body per stack of layers
   remat: Literal["none", "dots", "full"] = "full"  # what backward recomputes
 
   def __post_init__(self):
     _check_positive(self, "joint_width", "init_std", "itc_temperature")
+    _check(
+      min(self.unimodal_layers) >= 0,
+      "unimodal_layers",
+      f"must not be negative, is {self.unimodal_layers}",
+    )
     _check(
       self.joint_projection != "none" or self.joint_width == self.fusion.width,
       "joint_width",
@@ -269,9 +293,27 @@ class MaskingConfig:
   mask_warmup_steps: int = 0  # before them the order is random [choice]
   attentive_empty: Literal["random", "order"] = "random"  # captions without a
   # word: in any order [choice], or as patches are numbered
+  # CMAL: anchors are a word and a region that name the same.
+  anchors: Literal["found", "random"] = "found"  # random: as many pairs of any
+  # word and region, the control
+  anchor_match: Literal["phrase", "piece"] = "phrase"  # what may be a class's
+  # name: up to three words with their plurals [choice], or one entry of the
+  # vocabulary, which many classes have not [code]
+  anchor_region: Literal["confident", "random"] = "confident"  # of those that
+  # fit a word: the detector's surest [choice], or any [code]
+  max_anchors: int = 8  # of a sample [choice]
+  max_pairs: int = 32  # of WRC, of a sample [choice]
+  swap: Literal["both", "text", "image", "none"] = "both"  # whose slots of
+  # anchors get the other side's content, where AMC, MLM (text), MRC and MRFR
+  # (image) ask for what was there [code: both of AMC]. none: AMC hides these
+  # slots instead; MLM hides any words, MRC and MRFR any regions, as UNITER does
+  swap_rescale: bool = False  # content comes as long as what it replaces
+  # [choice]
+  region_mask_rate: float = 0.25  # of the regions that are no anchors [code]
 
   def __post_init__(self):
     _check_not_negative(self, "mask_warmup_steps")
+    _check_positive(self, "max_anchors", "max_pairs")
     _check_ratio(
       self,
       "r_high",
@@ -281,6 +323,7 @@ class MaskingConfig:
       "image_drop_ratio",
       "image_token_ratio",
       "image_block_ratio",
+      "region_mask_rate",
     )
     _check_positive(self, "image_block_size")
 
@@ -304,6 +347,16 @@ class ObjectiveConfig:
   mim_patch_norm: bool = False  # targets with mean 0 and variance 1 a patch
   ic: float = 0.0
   tg_mim: float = 0.0
+  amc: float = 0.0
+  amc_pair: float = 0.0  # within AMC: of the contrast of an anchor's word and
+  # region over the batch [choice]
+  amc_pair_group: int = 128  # samples whose anchors are contrasted [choice]
+  wrc: float = 0.0
+  mrc: float = 0.0
+  mrfr: float = 0.0
+  task_mix: Literal["sum", "sample"] = "sum"  # sample: a step has one of the
+  # objectives, drawn by weight [code of CMAL]. There sum is their mean by
+  # weight [choice]
   completion_temperature: float = 0.03  # fixed, MGSC and MLTC
   completion_targets: Literal["partner_masked", "clean"] = "partner_masked"
   # where one modality is complete: in the pass that masks the other [code], or
@@ -346,8 +399,10 @@ class ObjectiveConfig:
       "neg_group",
       "mltc_image_group",
       "mltc_text_group",
+      "amc_pair_group",
       "contrast_grad_scale",
     )
+    _check_not_negative(self, "amc_pair")
     if self.text_mgsc_group is not None:
       _check_positive(self, "text_mgsc_group")
     if self.itc_temperature_range is not None:
@@ -376,10 +431,11 @@ SYSTEM_OBJECTIVES = {
   ),
   "maskvlm": ("mlm", "mim", "itc", "itm"),
   "sycoca": ("itc", "ic", "tg_mim"),
+  "cmal": ("amc", "wrc", "itm", "mlm", "mrc", "mrfr"),
 }
 # Rows of the text's position table besides those of the tokens: RoBERTa's two
 # first ones, the class token of CoCa.
-SPARE_POSITIONS = {"glscl": 2, "maskvlm": 2, "sycoca": 1}
+SPARE_POSITIONS = {"glscl": 2, "maskvlm": 2, "sycoca": 1, "cmal": 0}
 OBJECTIVES = tuple(
   dict.fromkeys(name for own in SYSTEM_OBJECTIVES.values() for name in own)
 )
@@ -545,7 +601,7 @@ class TrainConfig:
 class Config:
   """One run."""
 
-  system: Literal["glscl", "maskvlm", "sycoca"] = "glscl"
+  system: Literal["glscl", "maskvlm", "sycoca", "cmal"] = "glscl"
   model: ModelConfig = field(default_factory=ModelConfig)
   masking: MaskingConfig = field(default_factory=MaskingConfig)
   objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -561,6 +617,7 @@ class Config:
       "mltc_image_group",
       "mltc_text_group",
       "text_mgsc_group",
+      "amc_pair_group",
     ):
       group = min(getattr(self.objectives, name) or batch, batch)
       _check(
@@ -600,6 +657,7 @@ def _check_system(config: Config) -> None:
     "glscl": ("pooled",),
     "maskvlm": ("product", "concat"),
     "sycoca": ("pooled",),  # matches no pairs
+    "cmal": ("pooled",),
   }
   _check(
     config.model.match_features in features[config.system],
@@ -614,18 +672,26 @@ def _check_system(config: Config) -> None:
     "model.text.num_positions",
     f"must be at least max_length + {spare} = {needed}",
   )
-  if config.system in ("maskvlm", "sycoca"):
-    _check_widths(config)
+  _check(
+    config.objectives.task_mix == "sum" or config.system == "cmal",
+    "objectives.task_mix",
+    f"'sample', but system {config.system!r} knows 'sum' only",
+  )
   if config.system == "maskvlm":
+    _check_widths(config, "vision", "text")
     _check_maskvlm(config)
   if config.system == "sycoca":
+    _check_widths(config, "vision", "text")
     _check_sycoca(config)
+  if config.system == "cmal":
+    _check_widths(config, "text")
+    _check_cmal(config)
 
 
-def _check_widths(config: Config) -> None:
+def _check_widths(config: Config, *names: str) -> None:
   """Encoders that meet without a transform."""
   model = config.model
-  for name in ("vision", "text"):
+  for name in names:
     width = getattr(model, name).width
     _check(
       width == model.fusion.width,
@@ -679,6 +745,24 @@ def _check_sycoca(config: Config) -> None:
     not masks_ic or (1 - masking.r_low) * num_patches > 0.5,
     "masking.r_low",
     f"{masking.r_low} of {num_patches} patches leaves none to describe",
+  )
+
+
+def _check_cmal(config: Config) -> None:
+  """Its text side is BERT's table of words; false images are of the batch."""
+  text, objectives = config.model.text, config.objectives
+  for path, value, only in (
+    ("model.text.embedding_norm", text.embedding_norm, True),
+    ("model.text.class_state", text.class_state, "token"),
+    ("objectives.itm_negatives", objectives.itm_negatives, "in_batch"),
+  ):
+    _check(
+      value == only, path, f"{value!r}, but system 'cmal' knows {only!r} only"
+    )
+  _check(
+    objectives.amc_pair == 0 or objectives.amc > 0,
+    "objectives.amc_pair",
+    f"{objectives.amc_pair:g} is within AMC and needs objectives.amc > 0",
   )
 
 
@@ -798,6 +882,38 @@ def sycoca_defaults() -> Config:
       schedule="cosine",
       weight_decay=0.2,
       eps=1e-6,
+    ),
+  )
+
+
+def cmal_defaults() -> Config:
+  """CMAL at the paper's size; the fields' own defaults are GLSCL's.
+
+  UNITER: `masking.swap` none, and the objectives itm, mlm and mrc.
+  """
+  weights = {name: 0.0 for name in OBJECTIVES}
+  return Config(
+    system="cmal",
+    model=ModelConfig(
+      text=TextConfig(  # BERT-base-cased
+        vocab_size=28996,
+        max_length=62,  # 60 and both special tokens [code]
+        num_positions=512,
+        norm_eps=1e-12,
+      ),
+      fusion=FusionConfig(depth=12),
+    ),
+    objectives=ObjectiveConfig(
+      **weights | {"amc": 3.0, "wrc": 2.0, "itm": 1.0},  # [code]
+      task_mix="sample",
+    ),
+    data=DataConfig(batch_size=1280),  # [choice]: batches of equally many
+    # tokens, about 1300 pairs, in [code]
+    optimizer=OptimizerConfig(  # [code]
+      learning_rate=5e-5,
+      fusion_multiplier=1.0,
+      head_multiplier=1.0,
+      clip_norm=5.0,
     ),
   )
 

@@ -32,16 +32,24 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
   (r".*mlp/fc2/kernel", P("tensor", "fsdp")),
   (r"text/(word|position|type)_embedding", P(None, "fsdp")),
   (r"image_positions/value", P(None, "fsdp")),
+  (r"(region/(feature|box)|pooler)/kernel", P(None, "fsdp")),
   (r"vision/(patch_kernel|position_embedding)", P(None, "fsdp")),
   (r"vision/stem/.*(join|conv[12])/kernel", P(None, "fsdp")),
   (r"fusion/(text|image)_(transform|pooler)/kernel", P(None, "fsdp")),
-  (r"(mlm_head/fc1|.*_projection(/fc[12])?)/kernel", P(None, "fsdp")),
+  (
+    r"((mlm|word|region|feature)_head/fc1|.*_projection(/fc[12])?)/kernel",
+    P(None, "fsdp"),
+  ),
   # By width: the vocabulary (50265) has no factor to split it by.
-  (r"(mlm_head/fc2|(match|pixel|caption)_head/fc)/kernel", P("fsdp", None)),
+  (
+    r"((mlm|region)_head/fc2|(match|pixel|caption)_head/fc)/kernel",
+    P("fsdp", None),
+  ),
   (r".*(norm\d?|ln_(pre|post))/(scale|bias)", P()),
   (r".*(attention/out|mlp/fc2)/bias", P()),
-  (r".*(_transform|_pooler|_head/fc\d?|_projection(/fc[12])?)/bias", P()),
-  (r"vision/(patch_bias|mask_token/value)", P()),
+  (r".*(_transform|pooler|_head(/fc\d?)?|_projection(/fc[12])?)/bias", P()),
+  (r"region/(feature|box)/bias", P()),
+  (r"(vision/(patch_bias|mask_token/value)|region/mask_feature/value)", P()),
   (r"(vision|text)/class_embedding", P()),
   (r"(temperature|logit_scale|fusion/type_embedding)/value", P()),
 )

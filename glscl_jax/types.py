@@ -59,16 +59,37 @@ class Batch:
   anchor_region_BA: jax.Array | None = None  # swapped with this region
   anchor_ok_BA: jax.Array | None = None
   amc_ids_BT: jax.Array | None = None  # text of AMC: other words are masked,
-  # and what an anchor's word has besides its first token
+  # and what an anchor's word has besides its first token; with masking.swap
+  # "none" that token too
   amc_pos_BJ: jax.Array | None = None  # anchors' first tokens, masked tokens
   amc_labels_BJ: jax.Array | None = None
   amc_ok_BJ: jax.Array | None = None
-  amc_region_BJ: jax.Array | None = None  # regions swapped or hidden
+  amc_region_BJ: jax.Array | None = None  # regions of anchors, regions hidden
   amc_region_ok_BJ: jax.Array | None = None
-  hidden_region_BR: jax.Array | None = None  # bool: the mask vector's
+  hidden_region_BR: jax.Array | None = None  # bool: the mask vector's; with
+  # masking.swap "none" anchors' regions too, else none of them
   pair_pos_BA: jax.Array | None = None  # WRC: every word and region that match
   pair_region_BA: jax.Array | None = None
   pair_ok_BA: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Visual:
+  """What is seen beside a text: the pixels of images, or regions instead.
+
+  Names and types are those of Batch.
+  """
+
+  image_BYXC: jax.Array | None = None
+  region_BRP: jax.Array | None = None
+  box_BR7: jax.Array | None = None
+  region_valid_BR: jax.Array | None = None
+
+  @property
+  def valid(self) -> jax.Array | None:
+    """Which of its states count, (B, M) bool; None: all, as of pixels."""
+    return self.region_valid_BR
 
 
 @jax.tree_util.register_dataclass

@@ -103,7 +103,7 @@ def scores(config: Config, params, batch: Batch) -> dict[str, np.ndarray]:
     x_BLD = system.encode_text(
       params, batch.text_ids_BT, valid_BT, config=config
     )
-    y_BID = system.encode_image(params, batch.image_BYXC, config=config)
+    y_BID = system.encode_visual(params, system.see(batch), config=config)
     text_BE = system.text_vectors(params, x_BLD, config=config)
     image_BE = system.image_vectors(params, y_BID, config=config)
     found = {"vectors": text_BE @ image_BE.T}

@@ -8,6 +8,7 @@ from ml_collections import config_flags
 ROOT = pathlib.Path(__file__).parents[1]
 
 ARGUMENTS = {
+  "cmal_base": ("uniter",),
   "glscl_base": ("ablation", "meter", "meter_itc"),
   "maskvlm_base": ("ablation", "albef_like"),
   "scl_base": ("ablation",),

@@ -35,7 +35,7 @@ TEXT = [
 LAYERS = [
   {"launch", "configs"},
   {"command_line"},
-  {"train", "tasks", "export"},
+  {"ablations", "train", "tasks", "export"},
   {"systems", "data", "sharding"},
   {"objectives", "models"},
   {"config", "types"},

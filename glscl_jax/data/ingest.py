@@ -1,7 +1,8 @@
 """Reads pairs listed in a JSON Lines file; bad lines are counted and named.
 
 A line is {"image": path, "caption": str or list, "id": .., "split": ..}; `id`
-and `split` may be absent. Images keep the bytes of their files.
+and `split` may be absent. Images keep the bytes of their files; where regions
+stand for them, `image` is the id by which `region_files.py` knows the image.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Line:
   number: int  # from 1
   id: str
   split: str
-  image: str  # path as written
+  image: str  # path or id as written
   captions: tuple[str, ...]
 
 
@@ -52,11 +53,16 @@ class _BadLine(ValueError):
 
 
 def read_lines(
-  path: pathlib.Path, *, split: str = "train"
+  path: pathlib.Path, *, split: str = "train", by_id: bool = False
 ) -> tuple[list[Line], list[Reject], int]:
   """Parses the file; returns good lines, rejects and the number of lines.
 
   Empty lines do not count.
+
+  Args:
+    path: the file.
+    split: of lines that name none.
+    by_id: images are named by an id, which may be a number, not by a path.
 
   Raises:
     DataError: the file cannot be read or holds no line.
@@ -71,7 +77,7 @@ def read_lines(
           continue
         num_lines += 1
         try:
-          line = _parse(text, number, split)
+          line = _parse(text, number, split, by_id)
           if line.id in ids:
             raise _BadLine(f"id {line.id!r} was used on an earlier line")
         except _BadLine as error:
@@ -89,7 +95,7 @@ def read_lines(
   return lines, rejects, num_lines
 
 
-def _parse(text: str, number: int, split: str) -> Line:
+def _parse(text: str, number: int, split: str, by_id: bool) -> Line:
   if not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text):
     raise _BadLine("not valid UTF-8")
   try:
@@ -101,8 +107,10 @@ def _parse(text: str, number: int, split: str) -> Line:
   for key in ("image", "caption"):
     if key not in row:
       raise _BadLine(f"no key {key!r}; it has {sorted(row)}")
-  if not isinstance(row["image"], str) or not row["image"]:
-    raise _BadLine(f"image: expected a path, got {row['image']!r}")
+  image = _text_of_number(row["image"]) if by_id else row["image"]
+  if not isinstance(image, str) or not image:
+    kind = "an id" if by_id else "a path"
+    raise _BadLine(f"image: expected {kind}, got {row['image']!r}")
   if "split" not in row:
     # A test pair that is trained on by mistake is noticed by nobody.
     for key in row:
@@ -111,18 +119,21 @@ def _parse(text: str, number: int, split: str) -> Line:
   chosen = row["split"] if "split" in row else split
   if not isinstance(chosen, str) or not _SPLIT.fullmatch(chosen):
     raise _BadLine(f"split: expected a name like 'train', got {chosen!r}")
-  identity = row["id"] if "id" in row else f"line-{number}"
-  if isinstance(identity, int) and not isinstance(identity, bool):
-    identity = str(identity)
+  identity = _text_of_number(row["id"]) if "id" in row else f"line-{number}"
   if not isinstance(identity, str) or not identity:
     raise _BadLine(f"id: expected a string, got {identity!r}")
   return Line(
     number=number,
     id=identity,
     split=chosen,
-    image=row["image"],
+    image=image,
     captions=_parse_captions(row["caption"]),
   )
+
+
+def _text_of_number(value: Any) -> Any:
+  whole = isinstance(value, int) and not isinstance(value, bool)
+  return str(value) if whole else value
 
 
 def _parse_captions(value: Any) -> tuple[str, ...]:

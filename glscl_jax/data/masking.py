@@ -1,4 +1,4 @@
-"""Masks of text tokens and image patches, drawn on the host.
+"""Masks of text tokens, image patches and regions, drawn on the host.
 
 Every function is pure given its generator, hides an exact number of items and
 returns arrays whose shapes depend on the configuration only: positions in
@@ -247,6 +247,113 @@ def mask_completion(
     len(ids_T), rate=rate, with_replacement=with_replacement
   )
   return _text_mask(ids_T, masked_T, chosen_J, num_slots)
+
+
+def anchor_slots(max_length: int, *, rate: float, max_anchors: int) -> int:
+  """The static J of `mask_around_anchors`."""
+  return 2 * max_anchors + mlm_slots(max_length, rate=rate)
+
+
+def mask_around_anchors(
+  rng: np.random.Generator,
+  ids_T: np.ndarray,
+  real_T: np.ndarray,
+  anchor_W: np.ndarray,
+  rest_T: np.ndarray,
+  *,
+  rate: float,
+  max_anchors: int,
+  mask_id: int,
+  plain_ids_V: np.ndarray,
+  hide_anchors: bool,
+) -> TextMask:
+  """The text of AMC; targets are anchors and what is masked.
+
+  Of the tokens that belong to no anchor round_half_up(rate n) are masked as by
+  `mask_tokens`. A text without any target has its first token masked.
+
+  Args:
+    rng: of this sample and this mask.
+    ids_T: token ids of one text, padded.
+    real_T: True at tokens of the text; False at specials and pads.
+    anchor_W: first tokens of the anchors, as many as there are.
+    rest_T: the other tokens of these words: all masked. Targets are as many of
+      them as there may be anchors, the first ones.
+    rate: share of the tokens of no anchor.
+    max_anchors: static; at least the number of anchors.
+    mask_id: what a masked token becomes.
+    plain_ids_V: as for `mask_tokens`.
+    hide_anchors: mask the first tokens too; else they stay, to be swapped.
+  """
+  first_T = np.zeros_like(real_T)
+  first_T[anchor_W] = True
+  other_A = np.flatnonzero(real_T & ~first_T & ~rest_T)
+  count = round_half_up(rate * len(other_A))
+  chosen_J = other_A[np.sort(rng.permutation(len(other_A))[:count])]
+  masked_T = ids_T.copy()
+  masked_T[chosen_J] = _replacements(
+    rng, ids_T[chosen_J], mask_id, plain_ids_V, "801010"
+  )
+  masked_T[rest_T] = mask_id
+  if hide_anchors:
+    masked_T[first_T] = mask_id
+  target_T = first_T.copy()
+  target_T[chosen_J] = True
+  target_T[np.flatnonzero(rest_T)[:max_anchors]] = True
+  if real_T.any() and not target_T.any():
+    only = int(np.argmax(real_T))
+    target_T[only], masked_T[only] = True, mask_id
+  slots = anchor_slots(len(ids_T), rate=rate, max_anchors=max_anchors)
+  return _text_mask(ids_T, masked_T, np.flatnonzero(target_T), slots)
+
+
+# --- regions ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionMask:
+  """The regions of one image that are hidden, and those asked for."""
+
+  hidden_R: np.ndarray  # bool
+  pos_J: np.ndarray  # int32, anchors' and hidden ones; 0 where not ok. J is R
+  ok_J: np.ndarray  # bool
+
+
+def mask_regions(
+  rng: np.random.Generator,
+  valid_R: np.ndarray,
+  anchor_W: np.ndarray,
+  *,
+  rate: float,
+  hide_anchors: bool,
+) -> RegionMask:
+  """Hides each valid region of no anchor with probability `rate`.
+
+  Where that leaves neither an anchor nor a hidden region, one valid region is
+  hidden, any alike (cmal@ef02306).
+
+  Args:
+    rng: of this sample and this mask.
+    valid_R: True at regions, which come first; False at padding.
+    anchor_W: regions of anchors, as many as there are.
+    rate: a probability.
+    hide_anchors: hide them too; else they stay, to be swapped.
+  """
+  count, size = int(valid_R.sum()), len(valid_R)
+  anchored_R, hidden_R = np.zeros(size, bool), np.zeros(size, bool)
+  anchored_R[anchor_W] = True
+  hidden_R[:count] = rng.random(count) < rate
+  hidden_R &= ~anchored_R
+  if count and not (hidden_R | anchored_R).any():
+    hidden_R[rng.integers(count)] = True
+  asked_A = np.flatnonzero(hidden_R | anchored_R)
+  pos_J = np.zeros(size, np.int32)
+  pos_J[: len(asked_A)] = asked_A
+  if hide_anchors:
+    hidden_R |= anchored_R
+  return RegionMask(
+    hidden_R=hidden_R, pos_J=pos_J, ok_J=np.arange(size) < len(asked_A)
+  )
 
 
 def _draw_positions(

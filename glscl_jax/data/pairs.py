@@ -21,6 +21,7 @@ import numpy as np
 from absl import logging
 
 from glscl_jax import atomic, errors
+from glscl_jax.data import regions as regions_lib
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the directory; another number is another layout
@@ -30,12 +31,16 @@ _VERSION = "1.0.0"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-  """One image with its captions, before it is written."""
+  """One image with its captions, before it is written.
+
+  It has what the directory's regions.Schema says: image, regions or both.
+  """
 
   id: str  # unique in the directory
   split: str
-  image: bytes  # encoded, as the file was
+  image: bytes | None = None  # encoded, as the file was
   captions: tuple[str, ...]
+  regions: regions_lib.Regions | None = None
 
 
 class DataError(errors.UserError):
@@ -129,6 +134,7 @@ def write(
   splits: Mapping[str, Callable[[], Iterable[Record]]],
   source: Mapping[str, Any],
   finish: Callable[[pathlib.Path, dict[str, Any]], None],
+  schema: regions_lib.Schema | None = None,
 ) -> dict[str, Any]:
   """Writes a whole directory and returns its manifest.
 
@@ -139,6 +145,7 @@ def write(
       `find_damage` before a later preparation is skipped.
     finish: called with the unfinished directory and manifest, to add a
       tokenizer and further entries; may raise to give up.
+    schema: of the records' regions; None: they are images alone.
 
   Raises:
     DataError: a split without records, or a `data_dir` that exists but was
@@ -147,7 +154,9 @@ def write(
   check_target(data_dir)
   with atomic.new_folder(pathlib.Path(data_dir)) as whole:
     images, contents = _ImageIndex(), _Contents()
-    built, hashes = _build(whole.parent / "build", splits, images, contents)
+    built, hashes = _build(
+      whole.parent / "build", splits, images, contents, schema
+    )
     shutil.move(built, whole)
     manifest = {
       "format": FORMAT,
@@ -160,6 +169,9 @@ def write(
       "images": len(images.index),
       "images_in_several_splits": images.count_shared(),
     }
+    if schema is not None:
+      (whole / regions_lib.CLASSES).write_text(schema.text(), encoding="utf-8")
+      manifest["regions"] = schema.describe()
     finish(whole, manifest)
     manifest["files"] = {
       path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
@@ -207,11 +219,17 @@ class _ImageIndex:
     self.index: dict[bytes, int] = {}
     self._splits: dict[int, set[str]] = {}
 
-  def add(self, image: bytes, split: str) -> int:
-    """The number of an image, the same for equal bytes."""
-    digest = hashlib.sha256(image).digest()
+  def add(self, record: Record) -> int:
+    """The number of an image, the same for equal bytes.
+
+    Without an image its regions stand for it.
+    """
+    if record.image is None:
+      digest = regions_lib.digest(record.regions)
+    else:
+      digest = hashlib.sha256(record.image).digest()
     number = self.index.setdefault(digest, len(self.index))
-    self._splits.setdefault(number, set()).add(split)
+    self._splits.setdefault(number, set()).add(record.split)
     return number
 
   def count_shared(self) -> int:
@@ -227,8 +245,10 @@ class _Contents:
 
   def add(self, record: Record) -> None:
     """Takes one record into account."""
-    image = hashlib.sha256(record.image).hexdigest()
-    text = json.dumps([record.split, record.id, image, *record.captions])
+    described = _describe(
+      record.id, record.image, record.captions, record.regions
+    )
+    text = json.dumps([record.split, *described])
     self._digests.append(hashlib.sha256(text.encode()).digest())
 
   def sha256(self) -> str:
@@ -252,10 +272,13 @@ def _build(
   splits: Mapping[str, Callable[[], Iterable[Record]]],
   images: _ImageIndex,
   contents: _Contents,
+  schema: regions_lib.Schema | None,
 ) -> tuple[pathlib.Path, dict[str, str]]:
   """Runs the builder below `root`; its folder and the hash of each split."""
   # Imported late: it takes seconds, and readers of a manifest do not need it.
   import tensorflow_datasets as tfds
+
+  with_images = schema is None or schema.images
 
   # The registry takes a name once in a process; two calls define it twice.
   class Pairs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -271,9 +294,10 @@ def _build(
         features=tfds.features.FeaturesDict(
           {
             "id": tfds.features.Text(),
-            "image": tfds.features.Image(),
+            **({"image": tfds.features.Image()} if with_images else {}),
             "captions": tfds.features.Sequence(tfds.features.Text()),
             "image_id": tfds.features.Scalar(dtype=np.int32),
+            **({} if schema is None else {"regions": _features(schema)}),
           }
         ),
       )
@@ -287,15 +311,16 @@ def _build(
       for record in splits[name]():
         empty = False
         contents.add(record)
-        yield (
-          record.id,
-          {
-            "id": record.id,
-            "image": record.image,
-            "captions": list(record.captions),
-            "image_id": images.add(record.image, name),
-          },
-        )
+        row = {
+          "id": record.id,
+          "captions": list(record.captions),
+          "image_id": images.add(record),
+        }
+        if with_images:
+          row["image"] = record.image
+        if schema is not None:
+          row["regions"] = regions_lib.to_row(record.regions)
+        yield record.id, row
       if empty:
         raise DataError(f"split {name!r} has no usable record")
 
@@ -307,27 +332,81 @@ def _build(
     hashes = {}
     for name in splits:
       # Read back: the builder has shuffled the records.
-      records = builder.as_data_source(
-        split=name, decoders={"image": tfds.decode.SkipDecoding()}
-      )
+      records = open_records(builder, name)
       counts, digest = [], hashlib.sha256()
       for row in records:
         counts.append(len(row["captions"]))
-        digest.update(_describe(row).encode())
+        digest.update(_describe_row(row).encode())
       np.save(directory / counts_name(name), np.array(counts, np.int32))
       hashes[name] = digest.hexdigest()
   return directory, hashes
 
 
-def _describe(row: Mapping[str, Any]) -> str:
+def _features(schema: regions_lib.Schema) -> dict[str, Any]:
+  """How the builder stores regions: as the bytes of the arrays."""
+  import tensorflow_datasets as tfds
+
+  def tensor(*shape: int | None, dtype: type) -> Any:
+    return tfds.features.Tensor(
+      shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES
+    )
+
+  return {
+    "features": tensor(None, schema.width, dtype=np.float16),
+    "boxes": tensor(None, 4, dtype=np.float32),
+    "classes": tensor(None, dtype=np.int32),
+    "confidence": tensor(None, dtype=np.float32),
+  }
+
+
+def open_records(builder: Any, split: str) -> Any:
+  """Random access to a split's rows, images as their encoded bytes."""
+  import tensorflow_datasets as tfds
+
+  skipped = {"image": tfds.decode.SkipDecoding()}
+  decoders = skipped if "image" in builder.info.features else None
+  return builder.as_data_source(split=split, decoders=decoders)
+
+
+def _describe(
+  name: str,
+  image: bytes | None,
+  captions: Iterable[str],
+  regions: regions_lib.Regions | None,
+) -> list[Any]:
+  """A record as JSON can hold it, large parts as their hashes."""
+  parts: list[Any] = [name]
+  if image is not None:
+    parts.append(hashlib.sha256(image).hexdigest())
+  parts += captions
+  if regions is not None:
+    parts.append({"regions": regions_lib.digest(regions).hex()})
+  return parts
+
+
+def _describe_row(row: Mapping[str, Any]) -> str:
   """A stored record as a line of text.
 
   Without its image_id, which depends on the order of the input: that images
   are equal their hashes say as well.
   """
-  image = hashlib.sha256(row["image"]).hexdigest()
-  captions = [text_of(caption) for caption in row["captions"]]
-  return json.dumps([text_of(row["id"]), image, *captions]) + "\n"
+  described = _describe(
+    text_of(row["id"]),
+    image_of(row),
+    [text_of(caption) for caption in row["captions"]],
+    regions_of(row),
+  )
+  return json.dumps(described) + "\n"
+
+
+def image_of(row: Mapping[str, Any]) -> bytes | None:
+  """The encoded image of a stored row, where images are stored."""
+  return row["image"] if "image" in row else None
+
+
+def regions_of(row: Mapping[str, Any]) -> regions_lib.Regions | None:
+  """The regions of a stored row, where regions are stored."""
+  return regions_lib.from_row(row["regions"]) if "regions" in row else None
 
 
 def text_of(value: Any) -> str:

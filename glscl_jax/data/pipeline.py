@@ -27,7 +27,9 @@ import numpy as np
 from glscl_jax import config as config_lib
 from glscl_jax import errors, types
 from glscl_jax import sharding as sharding_lib
+from glscl_jax.data import anchors as anchors_lib
 from glscl_jax.data import masking, sources, transforms
+from glscl_jax.data import regions as regions_lib
 from glscl_jax.data import tokenizer as tokenizer_lib
 
 _log = logging.getLogger(__name__)
@@ -84,9 +86,10 @@ def identity(example: sources.Example, kind: str) -> np.ndarray:
 
 
 def mask_kinds(config: config_lib.Config) -> frozenset[str]:
-  """Which masks active objectives read: mlm, scl, keep, token, block, false.
+  """Which masks active objectives read.
 
-  Those of the versions that the systems encode, which data cannot import.
+  mlm, scl, keep, token, block, false; of regions anchors, amc, pairs. Those of
+  the versions that the systems encode, which data cannot import.
   """
   weight = config.objectives
   image = weight.mgsc_image > 0 or weight.mltc_image > 0
@@ -107,7 +110,22 @@ def mask_kinds(config: config_lib.Config) -> frozenset[str]:
     kinds |= {"block"}
   if weight.itm > 0 and weight.itm_negatives == "dataset":
     kinds |= {"false"}
+  if config.system == "cmal":
+    kinds |= _region_kinds(config)
   return frozenset(kinds)
+
+
+def _region_kinds(config: config_lib.Config) -> set[str]:
+  weight, swaps = config.objectives, config.masking.swap != "none"
+  masked = weight.mrc > 0 or weight.mrfr > 0
+  kinds = set()
+  if weight.amc > 0 or (swaps and (weight.mlm > 0 or masked)):
+    kinds |= {"anchors"}
+  if weight.amc > 0 or masked or (swaps and weight.mlm > 0):
+    kinds |= {"amc"}
+  if weight.wrc > 0:
+    kinds |= {"pairs"}
+  return kinds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +137,7 @@ class RowMaker:
   pairs: Pairs
   order: grain.MapDataset  # position -> pair, reshuffled in every epoch
   plain_ids_V: np.ndarray  # int32 ids a random replacement is drawn from
+  names: anchors_lib.Names | None  # of the classes of regions; None: images
   kinds: frozenset[str]  # of masks
   first: int  # of this process's rows in a global batch
   count: int  # of this process's rows in a global batch
@@ -134,11 +153,14 @@ class RowMaker:
     bad: list[tuple[int, int]] = []
     example, caption, image_YXC = self._read(epoch, pair, "own", bad)
     pair_key = (self.config.data.seed, epoch, pair)
-    row = {
-      "image_BYXC": self._augment(pair_key, "augment", image_YXC, caption),
-      "identity_BM": identity(example, self.config.data.identity),
-    }
-    row |= self._text(pair_key, caption)
+    tokens = self._tokens(pair_key, caption)
+    row = {}
+    if image_YXC is not None:
+      row["image_BYXC"] = self._augment(pair_key, "augment", image_YXC, caption)
+    row["identity_BM"] = identity(example, self.config.data.identity)
+    row |= self._text(pair_key, tokens)
+    if self.names is not None:
+      return row | self._regions(pair_key, tokens, example) | _flags(bad)
     row |= self._patches(pair_key)
     if "false" in self.kinds:
       row |= self._false_image(position, pair_key, bad)
@@ -146,8 +168,11 @@ class RowMaker:
 
   def _read(
     self, epoch: int, pair: int, stream: str, bad: list[tuple[int, int]]
-  ) -> tuple[sources.Example, str, np.ndarray]:
-    """The pair, or the first usable one of those drawn from its own key."""
+  ) -> tuple[sources.Example, str, np.ndarray | None]:
+    """The pair, or the first usable one of those drawn from its own key.
+
+    Systems that read regions get no image: it is not decoded.
+    """
     seed, first = self.config.data.seed, pair
     tried = []
     for attempt in range(MAX_TRIES):
@@ -159,7 +184,9 @@ class RowMaker:
         tried.append((pair, NO_TEXT))
       else:
         try:
-          image_YXC = transforms.decode(example.image)
+          image_YXC = (
+            transforms.decode(example.image) if self.names is None else None
+          )
         except transforms.BadImage:
           tried.append((pair, NO_IMAGE))
         else:
@@ -188,14 +215,18 @@ class RowMaker:
       config=self.config.data.augment,
     )
 
-  def _text(
+  def _tokens(
     self, pair_key: tuple[int, int, int], caption: str
-  ) -> dict[str, np.ndarray]:
-    options = self.config.masking
+  ) -> tokenizer_lib.Tokens:
     if self.config.data.augment.phrases == "subset":
       rng = masking.sample_rng(*pair_key, "phrases")
       caption = transforms.phrase_subset(rng, caption)
-    tokens = self.tokenizer.encode(caption, self.config.model.text.max_length)
+    return self.tokenizer.encode(caption, self.config.model.text.max_length)
+
+  def _text(
+    self, pair_key: tuple[int, int, int], tokens: tokenizer_lib.Tokens
+  ) -> dict[str, np.ndarray]:
+    options = self.config.masking
     real_T = tokens.valid_T & (tokens.word_T >= 0)
     row = {
       "text_ids_BT": tokens.ids_T,
@@ -235,6 +266,89 @@ class RowMaker:
         "scl_ok_BJ": masked.ok_J,
       }
     return row
+
+  def _regions(
+    self,
+    pair_key: tuple[int, int, int],
+    tokens: tokenizer_lib.Tokens,
+    example: sources.Example,
+  ) -> dict[str, np.ndarray]:
+    """What CMAL reads in place of an image, with its anchors and masks."""
+    options, number = self.config.masking, self.config.model.region.number
+    row = regions_lib.pad(example.regions, number=number)
+    if not self.kinds & {"anchors", "amc", "pairs"}:
+      return row
+    found = anchors_lib.find_anchors(
+      masking.sample_rng(*pair_key, "anchors"),
+      tokens,
+      example.regions,
+      self.names,
+      rules=anchors_lib.Rules(
+        match=options.anchor_match,
+        region=options.anchor_region,
+        source=options.anchors,
+        max_anchors=options.max_anchors,
+        max_pairs=options.max_pairs,
+      ),
+      num_regions=number,
+      unknown_id=self.tokenizer.unknown_id,
+    )
+    if "pairs" in self.kinds:
+      row |= {
+        "pair_pos_BA": found.pair_pos_J,
+        "pair_region_BA": found.pair_region_J,
+        "pair_ok_BA": found.pair_ok_J,
+      }
+    if "anchors" in self.kinds:
+      row |= {
+        "anchor_pos_BA": found.pos_A,
+        "anchor_region_BA": found.region_A,
+        "anchor_ok_BA": found.ok_A,
+      }
+    if "amc" in self.kinds:
+      row |= self._amc(pair_key, tokens, found, row["region_valid_BR"])
+    return row
+
+  def _amc(
+    self,
+    pair_key: tuple[int, int, int],
+    tokens: tokenizer_lib.Tokens,
+    found: anchors_lib.Anchors,
+    valid_R: np.ndarray,
+  ) -> dict[str, np.ndarray]:
+    """The words and the regions that are hidden around the anchors."""
+    options = self.config.masking
+    # Without anchors in the batch any word and any region may be hidden.
+    anchored_A = found.ok_A & ("anchors" in self.kinds)
+    hide_anchors = options.swap == "none"
+    text = masking.mask_around_anchors(
+      masking.sample_rng(*pair_key, "amc"),
+      tokens.ids_T,
+      tokens.valid_T & (tokens.word_T >= 0),
+      found.pos_A[anchored_A],
+      found.rest_T & ("anchors" in self.kinds),
+      rate=options.mlm_rate,
+      max_anchors=options.max_anchors,
+      mask_id=self.tokenizer.mask_id,
+      plain_ids_V=self.plain_ids_V,
+      hide_anchors=hide_anchors,
+    )
+    regions = masking.mask_regions(
+      masking.sample_rng(*pair_key, "regions"),
+      valid_R,
+      found.region_A[anchored_A],
+      rate=options.region_mask_rate,
+      hide_anchors=hide_anchors,
+    )
+    return {
+      "amc_ids_BT": text.ids_T,
+      "amc_pos_BJ": text.pos_J,
+      "amc_labels_BJ": text.labels_J,
+      "amc_ok_BJ": text.ok_J,
+      "amc_region_BJ": regions.pos_J,
+      "amc_region_ok_BJ": regions.ok_J,
+      "hidden_region_BR": regions.hidden_R,
+    }
 
   def _patches(self, pair_key: tuple[int, int, int]) -> dict[str, np.ndarray]:
     options = self.config.masking
@@ -432,6 +546,44 @@ def check_named(config: config_lib.Config) -> None:
     )
 
 
+def reads_regions(config: config_lib.Config) -> bool:
+  """Whether the system reads regions in place of images."""
+  return config.system == "cmal"
+
+
+def check_schema(config: config_lib.Config, source: sources.Source) -> None:
+  """Checks that records hold what the system reads, regions or images.
+
+  Raises:
+    ConfigError: naming what is missing, or the sizes to set.
+  """
+  schema, system = source.schema, config.system
+  if not reads_regions(config):
+    if schema is not None and not schema.images:
+      raise config_lib.ConfigError(
+        f"{source.name}: regions without images, but system {system!r} reads"
+        " images: name another data directory with --config.data.dir, or train"
+        " --config.system=cmal"
+      )
+    return
+  if schema is None:
+    raise config_lib.ConfigError(
+      f"{source.name}: no regions, but system {system!r} reads them in place of"
+      " images: make the data directory with launch/prepare.py"
+      " --source=regions or --source=scenes"
+    )
+  for name, found in (
+    ("feature_width", schema.width),
+    ("num_classes", len(schema.classes)),
+  ):
+    asked = getattr(config.model.region, name)
+    if asked != found:
+      raise config_lib.ConfigError(
+        f"model.region.{name}: is {asked}, but the regions of {source.name}"
+        f" have {found}: set --config.model.region.{name}={found}"
+      )
+
+
 def make_train_iterator(
   config: config_lib.Config,
   tokenizer: tokenizer_lib.Tokenizer,
@@ -451,8 +603,9 @@ def make_train_iterator(
     source: records to use instead of `config.data.train_split`.
 
   Raises:
-    ConfigError: sizes that do not fit, a data directory that is not named, a
-      tokenizer of another vocabulary, or a split without records.
+    ConfigError: sizes that do not fit, a data directory that is not named or
+      lacks what the system reads, a tokenizer of another vocabulary, or a split
+      without records.
   """
   data = config.data
   check_batch(config, {}, process_count)
@@ -460,9 +613,13 @@ def make_train_iterator(
   if source is None:
     check_named(config)
     source = sources.open_source(data.dir, data.train_split)
+  check_schema(config, source)
   pairs = make_pairs(source)
   if not len(pairs):
     raise config_lib.ConfigError(f"{source.name}: no records to train on")
+  names = None
+  if reads_regions(config):
+    names = anchors_lib.make_names(source.schema.classes, tokenizer)
   special = np.array(sorted(tokenizer.special_ids), np.int32)
   count = data.batch_size // process_count
   make_row = RowMaker(
@@ -473,6 +630,7 @@ def make_train_iterator(
     plain_ids_V=np.setdiff1d(
       np.arange(tokenizer.vocab_size, dtype=np.int32), special
     ),
+    names=names,
     kinds=mask_kinds(config),
     first=process_index * count,
     count=count,

@@ -1,4 +1,4 @@
-"""From emoji packages or a JSON Lines file to a data directory.
+"""From emoji packages, JSON Lines or regions to a data directory.
 
 The work behind `launch/prepare.py`: a whole directory of the same source is
 left alone; anything else is made again.
@@ -11,12 +11,22 @@ import dataclasses
 import functools
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
-from glscl_jax.data import emoji, ingest, pairs, render, sources, tokenizer
+from glscl_jax.data import (
+  emoji,
+  ingest,
+  pairs,
+  region_files,
+  render,
+  scenes,
+  sources,
+  tokenizer,
+)
+from glscl_jax.data import regions as regions_lib
 
 _PRINTED = 20  # rejected lines; the manifest lists all
 
@@ -160,34 +170,215 @@ def prepare_jsonl(
   }
   if (found := _whole(output, source)) is not None:
     return found
-
-  check_rejects = functools.partial(
-    ingest.check_rejects,
-    path,
-    rejects,
-    num_lines=num_lines,
-    max_share=max_reject_share,
+  return _write_lines(
+    output,
+    _Lines(
+      path=path,
+      lines=lines,
+      rejects=rejects,
+      num_lines=num_lines,
+      max_reject_share=max_reject_share,
+    ),
+    read=functools.partial(ingest.read_records, lines, root, rejects=rejects),
+    source=source,
+    vocabulary=vocabulary,
   )
-  check_rejects()  # before any image is read
+
+
+def prepare_regions(
+  output: str | pathlib.Path,
+  *,
+  path: str | pathlib.Path,
+  features: str | pathlib.Path,
+  classes: str | pathlib.Path,
+  split: str = "train",
+  max_reject_share: float = 0.01,
+  vocabulary: Vocabulary = Vocabulary(),
+) -> dict[str, Any]:
+  """Makes a data directory of a detector's regions; returns its manifest.
+
+  Args:
+    output: the data directory.
+    path: captions, one JSON object a line; see `ingest.read_lines`, by id.
+    features: a .tsv file or a folder of .npz files; see `region_files`.
+    classes: the detector's list of classes, a class a line.
+    split: of lines that name none.
+    max_reject_share: of all lines; more fails.
+    vocabulary: the tokenizer to add.
+
+  Raises:
+    DataError: a list or regions that cannot be used, no usable line, or too
+      many rejected ones.
+  """
+  path = pathlib.Path(path)
+  names = _read_classes(pathlib.Path(classes))
+  reader = region_files.open_reader(features, num_classes=len(names))
+  lines, rejects, num_lines = ingest.read_lines(path, split=split, by_id=True)
+  source = {
+    "kind": "regions",
+    "path": str(path.absolute()),
+    "sha256": pairs.sha256_of(path),
+    "features": str(reader.path.absolute()),
+    "features_seen": reader.fingerprint(line.image for line in lines),
+    "classes": list(names),
+    "kept": [regions_lib.MIN_CONFIDENCE, *regions_lib.NUM_KEPT],
+    "split": split,
+    "max_reject_share": max_reject_share,
+    **vocabulary.source(),
+  }
+  if (found := _whole(output, source)) is not None:
+    return found
+  parsed = _Lines(
+    path=path,
+    lines=lines,
+    rejects=rejects,
+    num_lines=num_lines,
+    max_reject_share=max_reject_share,
+  )
+  parsed.check()
+  width = region_files.find_width(reader, (line.image for line in lines))
+  return _write_lines(
+    output,
+    parsed,
+    read=functools.partial(
+      region_files.read_records, lines, reader, width=width, rejects=rejects
+    ),
+    source=source,
+    vocabulary=vocabulary,
+    schema=regions_lib.Schema(width=width, classes=names, images=False),
+  )
+
+
+def prepare_scenes(
+  output: str | pathlib.Path,
+  *,
+  drawings: str | pathlib.Path,
+  encoder: scenes.Encoder,
+  options: scenes.Options,
+  vocabulary: Vocabulary = Vocabulary(),
+) -> dict[str, Any]:
+  """Makes a data directory of composed scenes; returns its manifest.
+
+  Args:
+    output: the data directory.
+    drawings: one that `prepare_emoji` made.
+    encoder: gives the features.
+    options: how many scenes, and how large.
+    vocabulary: the tokenizer to add.
+
+  Raises:
+    DataError: drawings of another kind, or too few.
+  """
+  given = pairs.read_manifest(drawings)
+  if given["source"]["kind"] != "emoji":
+    raise pairs.DataError(
+      f"--input={drawings}: made from {given['source']['kind']}; scenes are "
+      "made of a directory of --source=emoji"
+    )
+  source = {
+    "kind": "scenes",
+    "rules": scenes.RULES,
+    "drawings_sha256": given["content_sha256"],
+    "encoder_sha256": encoder.sha256,
+    **dataclasses.asdict(options),
+    **vocabulary.source(),
+  }
+  if (found := _whole(output, source)) is not None:
+    return found
+  names = scenes.find_names(str(drawings), given["splits"])
+  splits = scenes.choose_splits(names)
+  classes = sorted({name for split in splits for name in names[split]})
+  numbers = {name: number for number, name in enumerate(classes, start=1)}
 
   def finish(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
-    check_rejects()
-    manifest["lines"] = num_lines
-    manifest["rejected"] = [vars(reject) for reject in rejects]
+    manifest["encoder"] = {"sha256": encoder.sha256, **encoder.about}
+    manifest["studios"] = given["studios"]
+    manifest["split_description"] = (
+      "scenes of drawings of one split: " + given["split_description"]
+    )
+    manifest["rejected"] = []
+    _add_tokenizer(directory, manifest, vocabulary)
+
+  return pairs.write(
+    output,
+    splits={
+      split: functools.partial(
+        scenes.make_records,
+        str(drawings),
+        split,
+        encoder=encoder,
+        classes=numbers,
+        options=options,
+      )
+      for split in splits
+    },
+    source=source,
+    finish=finish,
+    schema=regions_lib.Schema(
+      width=encoder.width, classes=tuple(classes), images=True
+    ),
+  )
+
+
+def _read_classes(path: pathlib.Path) -> tuple[str, ...]:
+  try:
+    return regions_lib.read_classes(path.read_text(encoding="utf-8-sig"))
+  except (OSError, ValueError) as error:
+    raise pairs.DataError(
+      f"--classes={path}: not a list of classes, a class a line ({error})"
+    ) from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Lines:
+  """The lines of a file, parsed, and how many may be rejected."""
+
+  path: pathlib.Path
+  lines: Sequence[ingest.Line]
+  rejects: list[ingest.Reject]  # grows while records are read
+  num_lines: int
+  max_reject_share: float
+
+  def check(self) -> None:
+    """Raises DataError when too many are rejected."""
+    ingest.check_rejects(
+      self.path,
+      self.rejects,
+      num_lines=self.num_lines,
+      max_share=self.max_reject_share,
+    )
+
+
+def _write_lines(
+  output: str | pathlib.Path,
+  lines: _Lines,
+  *,
+  read: Callable[..., Iterable[pairs.Record]],
+  source: Mapping[str, Any],
+  vocabulary: Vocabulary,
+  schema: regions_lib.Schema | None = None,
+) -> dict[str, Any]:
+  """Writes the records that `read(split=)` gives, and what was rejected."""
+  lines.check()  # before any image is read
+
+  def finish(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
+    lines.check()
+    manifest["lines"] = lines.num_lines
+    manifest["rejected"] = [vars(reject) for reject in lines.rejects]
     manifest["split_description"] = "as the file says"
     _add_tokenizer(directory, manifest, vocabulary)
 
-  names = sorted({line.split for line in lines})
-  read = functools.partial(ingest.read_records, lines, root, rejects=rejects)
+  names = sorted({line.split for line in lines.lines})
   try:
     manifest = pairs.write(
       output,
       splits={name: functools.partial(read, split=name) for name in names},
       source=source,
       finish=finish,
+      schema=schema,
     )
   except pairs.DataError:
-    check_rejects()  # why a split is empty says more than that it is
+    lines.check()  # why a split is empty says more than that it is
     raise
   if manifest["images_in_several_splits"]:
     logging.warning(
@@ -259,6 +450,12 @@ def describe(output: str | pathlib.Path, manifest: Mapping[str, Any]) -> str:
     f"  {count:7d} pairs in {name}"
     for name, count in manifest["splits"].items()
   ]
+  if "regions" in manifest:
+    stored = manifest["regions"]
+    lines.append(
+      f"  regions of {stored['num_classes']} classes, features of "
+      f"{stored['feature_width']} values"
+    )
   made = manifest["tokenizer"]
   lines.append(
     f"  tokenizer {made['file']}, {made['vocab_size']} entries"

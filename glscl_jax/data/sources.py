@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from glscl_jax.data import pairs
+from glscl_jax.data import regions as regions_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,10 @@ class Example:
   """One image with its captions."""
 
   id: str
-  image: bytes  # encoded: PNG, JPEG, ..
+  image: bytes | None  # encoded: PNG, JPEG, ..; None: regions alone are there
   captions: tuple[str, ...]
   image_id: int  # equal for equal images, within one data directory
+  regions: regions_lib.Regions | None = None
 
 
 def splits(data_dir: str | os.PathLike[str]) -> dict[str, int]:
@@ -46,11 +48,51 @@ def tokenizer_path(data_dir: str | os.PathLike[str]) -> pathlib.Path:
   )
 
 
+def read_schema(
+  data_dir: str | os.PathLike[str],
+) -> regions_lib.Schema | None:
+  """What the regions of a data directory are; None: it has images alone.
+
+  Raises:
+    DataError: its list of classes is not the one that was written.
+  """
+  manifest = pairs.read_manifest(data_dir)
+  if "regions" not in manifest:
+    return None
+  stored, path = (
+    manifest["regions"],
+    pathlib.Path(data_dir, regions_lib.CLASSES),
+  )
+  try:
+    lines = regions_lib.read_classes(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise pairs.DataError(
+      f"{path}: not readable ({error}); make the directory again with "
+      "launch/prepare.py"
+    ) from error
+  schema = regions_lib.Schema(
+    width=stored["feature_width"], classes=lines, images=stored["images"]
+  )
+  if schema.describe() != stored:
+    raise pairs.DataError(
+      f"{path}: not the list that the regions were made with; make the "
+      "directory again with launch/prepare.py"
+    )
+  return schema
+
+
 class Source:
   """Random access to the examples of one split; can be pickled."""
 
-  def __init__(self, data_dir: pathlib.Path, split: str, size: int):
+  def __init__(
+    self,
+    data_dir: pathlib.Path,
+    split: str,
+    size: int,
+    schema: regions_lib.Schema | None = None,
+  ):
     self.name = f"{data_dir.name}/{split}"
+    self.schema = schema  # of the regions; None: images alone
     self._data_dir = data_dir
     self._split = split
     self._size = size
@@ -79,9 +121,10 @@ class Source:
       ) from error
     return Example(
       id=pairs.text_of(record["id"]),
-      image=record["image"],
+      image=pairs.image_of(record),
       captions=tuple(pairs.text_of(caption) for caption in record["captions"]),
       image_id=int(record["image_id"]),
+      regions=pairs.regions_of(record),
     )
 
   def count_captions(self) -> np.ndarray:
@@ -120,9 +163,7 @@ class Source:
 
       with pairs.quiet():
         builder = tfds.builder_from_directory(str(self._data_dir))
-      self._records = builder.as_data_source(
-        split=self._split, decoders={"image": tfds.decode.SkipDecoding()}
-      )
+      self._records = pairs.open_records(builder, self._split)
     return self._records
 
 
@@ -142,7 +183,9 @@ def open_source(data_dir: str | os.PathLike[str], split: str) -> Source:
   for name, entry in manifest["files"].items():
     if f"-{split}.array_record" in name or name == pairs.counts_name(split):
       _check_size(directory / name, entry["size"])
-  source = Source(directory, split, manifest["splits"][split])
+  source = Source(
+    directory, split, manifest["splits"][split], read_schema(directory)
+  )
   source[0]  # fails here rather than in a worker
   return source
 

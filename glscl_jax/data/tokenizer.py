@@ -10,6 +10,7 @@ import abc
 import dataclasses
 import hashlib
 import io
+import itertools
 import pathlib
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -45,6 +46,8 @@ class Tokens:
   truncated: bool
   unknown: bool  # a part has no piece of its own
   spelled: bool  # a word outside the vocabulary is read as others that spell it
+  words: tuple[tuple[str, ...], ...]  # what each token of each word writes,
+  # without marks of spaces; of the whole text, also of what was cut
 
 
 class Tokenizer(abc.ABC):
@@ -72,15 +75,16 @@ class Tokenizer(abc.ABC):
     """
     if max_length < 2:
       raise ValueError(f"max_length {max_length} has no room for the specials")
-    ids, words, spelled = self._split(text)
+    ids, numbers, written, spelled = self._split(text)
     room = max_length - 2
     truncated = len(ids) > room
-    ids, words = ids[:room], words[:room]
+    words = _group(written, numbers)
+    ids, numbers = ids[:room], numbers[:room]
     used = len(ids) + 2
     ids_T = np.full(max_length, self.pad_id, np.int32)
     ids_T[:used] = [self.start_id, *ids, self.end_id]
     word_T = np.full(max_length, -1, np.int32)
-    word_T[1 : used - 1] = words
+    word_T[1 : used - 1] = numbers
     return Tokens(
       ids_T=ids_T,
       valid_T=np.arange(max_length) < used,
@@ -88,6 +92,7 @@ class Tokenizer(abc.ABC):
       truncated=truncated,
       unknown=self.unknown_id in ids,
       spelled=spelled,
+      words=words,
     )
 
   @abc.abstractmethod
@@ -99,8 +104,22 @@ class Tokenizer(abc.ABC):
     """What ids say, without specials; the mask is none of them."""
 
   @abc.abstractmethod
-  def _split(self, text: str) -> tuple[list[int], list[int], bool]:
-    """Ids of the bare text, the word number of each, and Tokens.spelled."""
+  def _split(self, text: str) -> _Split:
+    """Of the bare text: ids, each one's word and writing, Tokens.spelled."""
+
+
+_Split = tuple[list[int], list[int], list[str], bool]
+
+
+def _group(
+  written: Sequence[str], numbers: Sequence[int]
+) -> tuple[tuple[str, ...], ...]:
+  """The parts of each word."""
+  parts = zip(numbers, written, strict=True)
+  return tuple(
+    tuple(text for _, text in word)
+    for _, word in itertools.groupby(parts, key=lambda part: part[0])
+  )
 
 
 class _SentencePiece(Tokenizer):
@@ -154,7 +173,7 @@ class _SentencePiece(Tokenizer):
   def text(self, ids: Iterable[int]) -> str:
     return self._model.decode([int(i) for i in ids])
 
-  def _split(self, text: str) -> tuple[list[int], list[int], bool]:
+  def _split(self, text: str) -> _Split:
     ids = self._model.encode(text)
     # As written, not as in the table: the unknown piece has no word mark there.
     written = self._model.encode(text, out_type=str)
@@ -162,24 +181,27 @@ class _SentencePiece(Tokenizer):
       return self._split_words(ids, written)
     starts = [piece.startswith(_WORD_START) for piece in written]
     starts[:1] = [True] * len(starts[:1])
-    return ids, [int(n) - 1 for n in np.cumsum(starts)], False
+    numbers = [int(n) - 1 for n in np.cumsum(starts)]
+    bare = [piece.replace(_WORD_START, "") for piece in written]
+    return ids, numbers, bare, False
 
-  def _split_words(
-    self, ids: list[int], written: list[str]
-  ) -> tuple[list[int], list[int], bool]:
+  def _split_words(self, ids: list[int], written: list[str]) -> _Split:
     """The library's ids of words, its unknown ones taken apart."""
-    found = []
+    found: list[list[tuple[int, str]]] = []
     for piece_id, piece in zip(ids, written, strict=True):
+      piece = piece.removeprefix(_WORD_START)
       if piece_id != self.unknown_id:
-        found.append([piece_id])
+        found.append([(piece_id, piece)])
         continue
       # It makes one piece of neighbours that are unknown.
-      for word in piece.removeprefix(_WORD_START).split(_WORD_START):
+      for word in piece.split(_WORD_START):
         spelled = compounds.parts(word, self._words)
-        found.append([self._words[part] for part in spelled] or [piece_id])
+        parts = [(self._words[part], part) for part in spelled]
+        found.append(parts or [(piece_id, word)])
     numbers = [n for n, word in enumerate(found) for _ in word]
-    ids = [i for word in found for i in word]
-    return ids, numbers, len(ids) > len(found)
+    ids = [i for word in found for i, _ in word]
+    bare = [text for word in found for _, text in word]
+    return ids, numbers, bare, len(ids) > len(found)
 
 
 def _words(proto: bytes) -> dict[str, int]:
@@ -244,10 +266,15 @@ class _HuggingFace(Tokenizer):
     ids = [int(i) for i in ids]
     return self._model.decode(ids, skip_special_tokens=True).strip()
 
-  def _split(self, text: str) -> tuple[list[int], list[int], bool]:
+  def _split(self, text: str) -> _Split:
     encoding = self._model.encode(text, add_special_tokens=False)
     words = [w if w is not None else 0 for w in encoding.word_ids]
-    return encoding.ids, words, False
+    bare, done = [], 0
+    for first, end in encoding.offsets:
+      # Bytes of one character all stand at its place: the first writes it.
+      bare.append(text[max(first, done) : end].strip())
+      done = max(done, end)
+    return encoding.ids, words, bare, False
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:

@@ -20,6 +20,7 @@ from glscl_jax.data import pairs, sources, transforms
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.export.weights import Weights
 from glscl_jax.systems import registry
+from glscl_jax.types import Visual
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,9 @@ def _make_program(config: config_lib.Config) -> Callable[..., jax.Array]:
   system = registry.find(config)
 
   def run(params, image_BYXC, ids_BT, valid_BT):
-    y_BID = system.encode_image(params, image_BYXC, config=config)
+    y_BID = system.encode_visual(
+      params, Visual(image_BYXC=image_BYXC), config=config
+    )
     x_BLD = system.encode_text(params, ids_BT, valid_BT, config=config)
     return system.cross_attention(params, x_BLD, valid_BT, y_BID, config=config)
 

@@ -187,6 +187,41 @@ def recall_bars(
     return _svg(chart)
 
 
+def dot_plot(
+  rows: Sequence[str],
+  panels: Mapping[str, Sequence[Sequence[float]]],
+  chance: Mapping[str, float],
+) -> bytes:
+  """A panel a measure: each row's values as dots, their mean as a line.
+
+  Args:
+    rows: names, from the top.
+    panels: title -> values of each row, as shares; none where not measured.
+    chance: title -> share, a dashed line.
+  """
+  with matplotlib.rc_context(_STYLE):
+    chart = figure.Figure(
+      figsize=(3.2 + 2.6 * len(panels), 1.2 + 0.34 * len(rows)),
+      layout="constrained",
+    )
+    axes = chart.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for panel, (title, values) in zip(axes, panels.items(), strict=True):
+      for y, found in enumerate(values):
+        if not found:
+          continue
+        panel.plot(found, [y] * len(found), "o", color=SERIES[0], alpha=0.45)
+        mean = sum(found) / len(found)
+        panel.plot([mean] * 2, [y - 0.3, y + 0.3], color=INK, linewidth=1.6)
+      panel.axvline(chance[title], color="black", linewidth=0.9, ls="--")
+      panel.set_title("\n".join(textwrap.wrap(title, 32)))
+      panel.set_yticks(range(len(rows)), rows)
+      panel.set_ylim(len(rows) - 0.5, -0.5)
+      panel.set_xlim(left=0)
+      panel.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
+      panel.xaxis.set_major_locator(ticker.MaxNLocator(4))
+    return _svg(chart)
+
+
 def overlay(
   image_YXC: np.ndarray, map_GG: np.ndarray, *, top: float, size: int
 ) -> np.ndarray:

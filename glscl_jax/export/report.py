@@ -40,6 +40,10 @@ CURVES = {  # metric -> title, in this order
   "mim": "MIM (deviations a pixel)",
   "ic": "IC (nats a token)",
   "tg_mim": "TG-MIM (squared deviations a pixel)",
+  "amc": "AMC (nats a word and a region)",
+  "wrc": "WRC (nats a pair)",
+  "mrc": "MRC (nats a region)",
+  "mrfr": "MRFR (squared, a value)",
   "mgsc_image": "MGSC image (nats)",
   "mgsc_text": "MGSC text (nats)",
   "mltc_image": "MLTC image (nats a patch)",
@@ -47,6 +51,11 @@ CURVES = {  # metric -> title, in this order
   "mlm_accuracy": "MLM accuracy",
   "ic_accuracy": "IC accuracy",
   "itm_accuracy": "ITM accuracy",
+  "amc_word_anchor_accuracy": "AMC accuracy, anchors' words",
+  "amc_word_masked_accuracy": "AMC accuracy, masked words",
+  "amc_region_anchor_accuracy": "AMC accuracy, anchors' regions",
+  "amc_region_hidden_accuracy": "AMC accuracy, hidden regions",
+  "wrc_accuracy": "WRC accuracy",
   "itc_accuracy": "ITC accuracy in the batch",
   "itc_temperature": "ITC temperature",
   "grad_norm": "gradient norm",
@@ -531,8 +540,10 @@ def _shown_split(data_dir: str, splits: Sequence[str]) -> str:
 
 def _attends(weights: Weights) -> bool:
   """Whether the last fusion layer has parameters of its text stream."""
-  part = registry.find(weights.config).attention_part + "."
-  return any(name.startswith(part) for name in name_arrays(weights.params))
+  part = registry.find(weights.config).attention_part
+  return part is not None and any(
+    name.startswith(f"{part}.") for name in name_arrays(weights.params)
+  )
 
 
 def _attention_row(found: attention.Attention) -> str:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from glscl_jax.config import ModelConfig
-from glscl_jax.models import layers
+from glscl_jax.models import layers, products
 
 
 class JointProjection(nn.Module):
@@ -89,6 +89,27 @@ class VocabularyHead(nn.Module):
       out_dtype="float32",
       name="fc2",
     )(h_BJD)
+
+
+class TiedHead(nn.Module):
+  """Linear, GELU, LN, and a matrix that is learned elsewhere, with a bias."""
+
+  features: int
+  dtype: str
+  init_std: float
+
+  @nn.compact
+  def __call__(self, x_BJD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+    normal = nn.initializers.normal(self.init_std)
+    h_BJD = layers.Dense(
+      x_BJD.shape[-1], self.dtype, kernel_init=normal, name="fc1"
+    )(x_BJD)
+    h_BJD = layers.LayerNorm(1e-12, name="norm")(layers.gelu(h_BJD))
+    bias_F = self.param("bias", nn.initializers.zeros, (self.features,))
+    y_BJF = products.dot(
+      h_BJD, kernel_DF, dtype=self.dtype, out_dtype="float32"
+    )
+    return y_BJF + bias_F[None, None]
 
 
 class LinearHead(nn.Module):

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from glscl_jax.config import ModelConfig
 from glscl_jax.models import attention, layers, products
 
 
@@ -95,7 +96,7 @@ class PreBlock(nn.Module):
 
 
 class PostBlock(nn.Module):
-  """`post`: x = LN(x + MHA(x)); x = LN(x + MLP(x))  (RoBERTa)."""
+  """`post`: x = LN(x + MHA(x)); x = LN(x + MLP(x))  (BERT)."""
 
   width: int
   dtype: str
@@ -410,3 +411,23 @@ class Stack(nn.Module):
     example = block.example()
     keys_N = jax.random.split(key, self.depth)
     return jax.vmap(lambda k: block.init(k, *example)["params"])(keys_N)
+
+
+def make_post_stack(config: ModelConfig, depth: int) -> Stack:
+  """`depth` post blocks over states of `fusion.width`: CMAL's encoder."""
+  fusion = config.fusion
+  return Stack(
+    functools.partial(
+      PostBlock,
+      width=fusion.width,
+      dtype=config.compute_dtype,
+      eps=fusion.norm_eps,
+      dropout=fusion.dropout,
+      init_std=config.init_std,
+      zero_residual=config.zero_residual,
+      parent=None,
+    ),
+    depth,
+    config.scan,
+    config.remat,
+  )

@@ -39,10 +39,16 @@ def _masked_mean(values_B: jax.Array, ok_B: jax.Array | None) -> jax.Array:
   return total / jnp.maximum(jnp.sum(ok_B, dtype=jnp.float32), 1.0)
 
 
-def half_labels(key: jax.Array, batch: int, group: int) -> jax.Array:
-  """(B,) int32 with exactly floor(group / 2) ones in each group, permuted."""
+def half_labels(
+  key: jax.Array, batch: int, group: int, *, round_up: bool = False
+) -> jax.Array:
+  """(B,) int32 with exactly floor(group / 2) ones in each group, permuted.
+
+  `round_up`: where a group is odd, one more.
+  """
   keys_G = jax.random.split(key, batch // group)
-  ones_A = (jnp.arange(group) < group // 2).astype(jnp.int32)
+  num_ones = (group + round_up) // 2
+  ones_A = (jnp.arange(group) < num_ones).astype(jnp.int32)
   labels = jax.vmap(lambda k: jax.random.permutation(k, ones_A))(keys_G)
   return labels.reshape(batch)
 
@@ -123,11 +129,24 @@ def _draw(logits_GAA, forbidden_GAA, key):
 
 
 def take_from_group(
-  items: jax.Array, index_B: jax.Array, group: int
+  items: jax.Array, index_A: jax.Array, group: int
 ) -> jax.Array:
-  """Item `index_B` of each sample's own group, shaped as `items` (B, ..)."""
+  """Items of each sample's own group, (A, ..) of `items` (B, ..).
+
+  `index_A`: positions inside the group, equally many of each, group by group.
+  """
   grouped = items.reshape(-1, group, *items.shape[1:])
   taken = jax.vmap(lambda own, index: own[index])(
-    grouped, index_B.reshape(-1, group)
+    grouped, index_A.reshape(grouped.shape[0], -1)
   )
-  return taken.reshape(items.shape)
+  return taken.reshape(-1, *items.shape[1:])
+
+
+def false_rows(labels_B: jax.Array, group: int) -> jax.Array:
+  """(A,) positions inside each group of the floor(group / 2) false pairs.
+
+  Of labels that `half_labels` has rounded up, group by group.
+  """
+  labels_GA = labels_B.reshape(-1, group)
+  order_GA = jnp.argsort(labels_GA, axis=1, stable=True).astype(jnp.int32)
+  return order_GA[:, : group // 2].reshape(-1)

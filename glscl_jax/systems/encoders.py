@@ -12,7 +12,7 @@ import jax
 
 from glscl_jax.config import Config, ModelConfig
 from glscl_jax.systems import inputs
-from glscl_jax.types import Params
+from glscl_jax.types import Params, Visual
 
 MakeModel = Callable[[ModelConfig], Any]
 
@@ -24,17 +24,17 @@ def apply(
   return model(config.model).apply({"params": params}, method=method)
 
 
-def encode_image(
+def encode_visual(
   model: MakeModel,
   params: Params,
-  image_BYXC: jax.Array,
+  visual: Visual,
   *,
   config: Config,
 ) -> jax.Array:
   """Complete images to encoder states (B, 1 + N, D), class token first."""
 
   def method(parts: Any) -> jax.Array:
-    return parts.vision(inputs.normalize_images(image_BYXC, config))
+    return parts.vision(inputs.normalize_images(visual.image_BYXC, config))
 
   return apply(model, params, config, method)
 

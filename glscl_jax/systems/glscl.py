@@ -472,7 +472,7 @@ def init(config: Config, key: jax.Array) -> Params:
 
 
 _apply = functools.partial(encoders.apply, Towers)
-encode_image = functools.partial(encoders.encode_image, Towers)
+encode_visual = functools.partial(encoders.encode_visual, Towers)
 encode_text = functools.partial(encoders.encode_text, Towers)
 
 
@@ -490,7 +490,7 @@ def text_vectors(
 def image_vectors(
   params: Params, y_BID: jax.Array, *, config: Config
 ) -> jax.Array:
-  """Unit ITC vectors (B, E) of `encode_image`'s states."""
+  """Unit ITC vectors (B, E) of `encode_visual`'s states."""
 
   def method(model: Towers) -> jax.Array:
     return model.project_image(model.fusion.transform_image(y_BID[:, :1])[:, 0])
@@ -503,10 +503,12 @@ def match_scores(
   x_BTD: jax.Array,
   text_valid_BT: jax.Array,
   y_BID: jax.Array,
+  image_valid_BM: None = None,
   *,
   config: Config,
 ) -> jax.Array:
   """ITM logit difference (match - no match) of pairs of states, (B,)."""
+  del image_valid_BM  # an image has no padding
 
   def method(model: Towers) -> jax.Array:
     streams = _fused_body(model, x_BTD, text_valid_BT, y_BID)

@@ -11,7 +11,21 @@ from glscl_jax.config import Config
 from glscl_jax.data import masking
 from glscl_jax.models import products, stem, vision
 from glscl_jax.systems import views
-from glscl_jax.types import Batch
+from glscl_jax.types import Batch, Visual
+
+
+def see_images(batch: Batch) -> Visual:
+  """What a system of images sees of a batch."""
+  return Visual(image_BYXC=batch.image_BYXC)
+
+
+def see_regions(batch: Batch) -> Visual:
+  """What a system of regions sees of a batch."""
+  return Visual(
+    region_BRP=batch.region_BRP,
+    box_BR7=batch.box_BR7,
+    region_valid_BR=batch.region_valid_BR,
+  )
 
 
 def standardize_images(image_BYXC: jax.Array, config: Config) -> jax.Array:
@@ -70,6 +84,7 @@ def pixel_targets(image_BYXC: jax.Array, config: Config) -> jax.Array:
 def example_batch(config: Config) -> Batch:
   """A batch of two samples with the shapes of the real one, all zeros."""
   image, text, mask = config.model.vision, config.model.text, config.masking
+  region = config.model.region
   num_kept = masking.num_kept(image.num_patches, mask.image_drop_ratio)
   num_tok = masking.num_hidden(image.num_patches, mask.image_token_ratio)
   num_block = masking.num_block_patches(
@@ -83,6 +98,7 @@ def example_batch(config: Config) -> Batch:
   valid_BT = jnp.ones((2, text.max_length), bool)
   pos_BJ = jnp.zeros((2, 1), jnp.int32)
   ok_BJ = jnp.ones((2, 1), bool)
+  class_BR = jnp.ones((2, region.number), jnp.int32)
   image_BYXC = jnp.zeros((2, size, size, 3), jnp.uint8)
   return Batch(
     image_BYXC=image_BYXC,
@@ -101,4 +117,21 @@ def example_batch(config: Config) -> Batch:
     block_idx_BI=jnp.zeros((2, num_block), jnp.int32),
     itm_labels_B=jnp.array([0, 1], jnp.int32),
     false_image_BYXC=image_BYXC,
+    region_BRP=jnp.zeros((2, region.number, region.feature_width)),
+    box_BR7=jnp.zeros((2, region.number, 7)),
+    region_valid_BR=class_BR > 0,
+    region_class_BR=class_BR,
+    anchor_pos_BA=pos_BJ,
+    anchor_region_BA=pos_BJ,
+    anchor_ok_BA=ok_BJ,
+    amc_ids_BT=ids_BT,
+    amc_pos_BJ=pos_BJ,
+    amc_labels_BJ=pos_BJ,
+    amc_ok_BJ=ok_BJ,
+    amc_region_BJ=pos_BJ,
+    amc_region_ok_BJ=ok_BJ,
+    hidden_region_BR=class_BR > 1,
+    pair_pos_BA=pos_BJ,
+    pair_region_BA=pos_BJ,
+    pair_ok_BA=ok_BJ,
   )

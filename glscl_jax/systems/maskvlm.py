@@ -363,7 +363,7 @@ def init(config: Config, key: jax.Array) -> Params:
 
 
 _apply = functools.partial(encoders.apply, MaskVLM)
-encode_image = functools.partial(encoders.encode_image, MaskVLM)
+encode_visual = functools.partial(encoders.encode_visual, MaskVLM)
 encode_text = functools.partial(encoders.encode_text, MaskVLM)
 
 
@@ -379,7 +379,7 @@ def text_vectors(
 def image_vectors(
   params: Params, y_BID: jax.Array, *, config: Config
 ) -> jax.Array:
-  """Unit ITC vectors (B, E) of `encode_image`'s states."""
+  """Unit ITC vectors (B, E) of `encode_visual`'s states."""
   return contrastive.normalize(
     _apply(params, config, lambda model: model.image_projection(y_BID[:, 0]))
   )
@@ -390,10 +390,12 @@ def match_scores(
   x_BTD: jax.Array,
   text_valid_BT: jax.Array,
   y_BID: jax.Array,
+  image_valid_BM: None = None,
   *,
   config: Config,
 ) -> jax.Array:
   """ITM logit difference (match - no match) of pairs of states, (B,)."""
+  del image_valid_BM  # an image has no padding
 
   def method(model: MaskVLM) -> jax.Array:
     pairs = {"pair": (x_BTD, text_valid_BT, y_BID)}

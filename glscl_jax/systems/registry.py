@@ -15,8 +15,11 @@ import jax
 
 from glscl_jax.config import Config
 from glscl_jax.systems import (
+  cmal,
+  cmal_flops,
   glscl,
   glscl_flops,
+  inputs,
   maskvlm,
   maskvlm_flops,
   sycoca,
@@ -24,7 +27,7 @@ from glscl_jax.systems import (
 )
 from glscl_jax.systems.completed import Completed
 from glscl_jax.systems.flops import Forward
-from glscl_jax.types import LossOutput, Params
+from glscl_jax.types import Batch, LossOutput, Params, Visual
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,19 +39,23 @@ class System:
   loss: Callable[..., LossOutput]  # (params, batch, config=, key=, step=)
   forward: Callable[[Config], Forward]  # FLOPs
   # Retrieval.
-  encode_image: Callable[..., jax.Array]  # (params, image_BYXC)
+  see: Callable[[Batch], Visual]  # what it reads of a batch beside the text
+  encode_visual: Callable[..., jax.Array]  # (params, Visual)
   encode_text: Callable[..., jax.Array]  # (params, text_ids_BT, text_valid_BT)
-  image_vectors: Callable[..., jax.Array]  # (params, y_BID), unit
-  text_vectors: Callable[..., jax.Array]  # (params, x_BLD), unit
+  image_vectors: Callable[..., jax.Array] | None  # (params, y_BMD), unit; None:
+  # no contrastive space
+  text_vectors: Callable[..., jax.Array] | None  # (params, x_BLD), unit
   match_scores: Callable[..., jax.Array] | None  # (params, x_BTD,
-  # text_valid_BT, y_BID); None: no image-text matching
-  # Captions, token by token: (params, ids_B, y_BID, length=) begins, (params,
-  # ids_A, what is kept) goes on; both give logits (A, V) and what is kept.
+  # text_valid_BT, y_BMD, Visual.valid); None: no image-text matching
+  # Captions; None: writes no texts. Both give logits (A, V) of the next token
+  # and what is kept for it: (params, ids_B, y_BMD, length=) begins, (params,
+  # ids_A, what is kept) goes on.
   begin_captions: Callable[..., tuple[jax.Array, Any]] | None = None
   extend_captions: Callable[..., tuple[jax.Array, Any]] | None = None
   # Report.
-  cross_attention: Callable[..., jax.Array]  # as match_scores
-  attention_part: str  # parameters that cross_attention needs
+  cross_attention: Callable[..., jax.Array] | None  # (params, x_BTD,
+  # text_valid_BT, y_BMD); None: images are not seen patch by patch
+  attention_part: str | None  # parameters that cross_attention needs
   describe_fusion: Callable[[Config], str]
   # Hidden patches: (params, batch, text_ids_BT, text_valid_BT, key=); the
   # objective that trains it; which are hidden.
@@ -65,7 +72,8 @@ SYSTEMS = {
     init=glscl.init,
     loss=glscl.loss,
     forward=glscl_flops.forward,
-    encode_image=glscl.encode_image,
+    see=inputs.see_images,
+    encode_visual=glscl.encode_visual,
     encode_text=glscl.encode_text,
     image_vectors=glscl.image_vectors,
     text_vectors=glscl.text_vectors,
@@ -80,7 +88,8 @@ SYSTEMS = {
     init=maskvlm.init,
     loss=maskvlm.loss,
     forward=maskvlm_flops.forward,
-    encode_image=maskvlm.encode_image,
+    see=inputs.see_images,
+    encode_visual=maskvlm.encode_visual,
     encode_text=maskvlm.encode_text,
     image_vectors=maskvlm.image_vectors,
     text_vectors=maskvlm.text_vectors,
@@ -105,7 +114,8 @@ SYSTEMS = {
     init=sycoca.init,
     loss=sycoca.loss,
     forward=sycoca_flops.forward,
-    encode_image=sycoca.encode_image,
+    see=inputs.see_images,
+    encode_visual=sycoca.encode_visual,
     encode_text=sycoca.encode_text,
     image_vectors=sycoca.image_vectors,
     text_vectors=sycoca.text_vectors,
@@ -118,6 +128,22 @@ SYSTEMS = {
     patch_objective="tg_mim",
     describe_hidden=sycoca.describe_hidden,
     describe_fusion=sycoca.describe_fusion,
+  ),
+  "cmal": System(
+    init=cmal.init,
+    loss=cmal.loss,
+    forward=cmal_flops.forward,
+    see=inputs.see_regions,
+    encode_visual=cmal.encode_visual,
+    encode_text=cmal.encode_text,
+    image_vectors=None,
+    text_vectors=None,
+    match_scores=cmal.match_scores,
+    cross_attention=None,
+    attention_part=None,
+    describe_fusion=lambda config: (
+      f"one stack over words and regions, depth {config.model.fusion.depth}"
+    ),
   ),
 }
 

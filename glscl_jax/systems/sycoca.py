@@ -304,7 +304,7 @@ def init(config: Config, key: jax.Array) -> Params:
 
 
 _apply = functools.partial(encoders.apply, SyCoCa)
-encode_image = functools.partial(encoders.encode_image, SyCoCa)
+encode_visual = functools.partial(encoders.encode_visual, SyCoCa)
 # States before LN_final, (B, T + 1, D), the class row last.
 encode_text = functools.partial(encoders.encode_text, SyCoCa)
 
@@ -323,7 +323,7 @@ def text_vectors(
 def image_vectors(
   params: Params, y_BID: jax.Array, *, config: Config
 ) -> jax.Array:
-  """Unit ITC vectors (B, E) of `encode_image`'s states."""
+  """Unit ITC vectors (B, E) of `encode_visual`'s states."""
   return contrastive.normalize(
     _apply(params, config, lambda model: model.image_projection(y_BID[:, 0]))
   )
@@ -424,7 +424,7 @@ def begin_captions(
   Args:
     params: as made by `init`.
     ids_B: the first token.
-    y_BID: of `encode_image`.
+    y_BID: of `encode_visual`.
     length: room for tokens, the first one included.
     config: the run's.
   """

@@ -10,7 +10,7 @@ the last fusion layer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,30 @@ def unstack_rows(joined: jax.Array, count: int) -> list[jax.Array]:
   """Undoes `stack_rows`."""
   split = joined.reshape(-1, count, *joined.shape[1:])
   return [split[:, i] for i in range(count)]
+
+
+def join_groups(items: Sequence[jax.Array], num_groups: int) -> jax.Array:
+  """Joins (A, ..) arrays of different length along the batch.
+
+  Group by group: each holds as many equal parts, and those that belong
+  together stay together, for devices as for `stack_rows`.
+  """
+  parts = [a.reshape(num_groups, -1, *a.shape[1:]) for a in items]
+  joined = jnp.concatenate(parts, axis=1)
+  return joined.reshape(-1, *joined.shape[2:])
+
+
+def split_groups(
+  joined: jax.Array, num_groups: int, lengths: Sequence[int]
+) -> list[jax.Array]:
+  """Undoes `join_groups`; `lengths` are those of the arrays."""
+  grouped = joined.reshape(num_groups, -1, *joined.shape[1:])
+  found, start = [], 0
+  for length in lengths:
+    stop = start + length // num_groups
+    found.append(grouped[:, start:stop].reshape(length, *joined.shape[1:]))
+    start = stop
+  return found
 
 
 def batch_by_shape(function, items: Mapping) -> dict:

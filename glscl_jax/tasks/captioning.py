@@ -24,7 +24,7 @@ from glscl_jax.data import retrieval_set as retrieval_sets
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.systems import registry
 from glscl_jax.tasks import decoding
-from glscl_jax.types import Params
+from glscl_jax.types import Params, Visual
 
 Decode = Literal["beam", "greedy"]
 DECODES = get_args(Decode)
@@ -110,7 +110,9 @@ def caption(
 ) -> decoding.Captions:
   """The best caption of each image; pure, one program."""
   system = registry.find(config)
-  y_BID = system.encode_image(params, image_BYXC, config=config)
+  y_BID = system.encode_visual(
+    params, Visual(image_BYXC=image_BYXC), config=config
+  )
   ids_B = jnp.full(y_BID.shape[0], marks.start, jnp.int32)
   logits_BV, past = system.begin_captions(
     params, ids_B, y_BID, length=options.max_tokens, config=config

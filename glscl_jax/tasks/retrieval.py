@@ -37,7 +37,7 @@ from glscl_jax.data import retrieval_set as retrieval_sets
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.systems import registry
 from glscl_jax.tasks import conse, querybank, ranking
-from glscl_jax.types import Params
+from glscl_jax.types import Params, Visual
 
 Rerank = Literal[
   "none", "querybank", "querybank_conse", "itm", "itm_plus_itc", "full"
@@ -196,7 +196,9 @@ def _make_programs(
 
   # Without re-ranking no token state leaves the devices.
   def encode_images(params, image_BYXC, *, keep):
-    y_BID = system.encode_image(params, image_BYXC, config=config)
+    y_BID = system.encode_visual(
+      params, Visual(image_BYXC=image_BYXC), config=config
+    )
     image_BE = vectors(system.image_vectors, params, y_BID)
     return y_BID if keep else None, image_BE
 

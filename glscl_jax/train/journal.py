@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import pathlib
 import signal
 from collections.abc import Mapping
@@ -110,7 +111,9 @@ class Journal:
       return
     step, values = self._pending
     self._pending = None
-    numbers = {k: float(v) for k, v in jax.device_get(dict(values)).items()}
+    numbers = find_measured(
+      {k: float(v) for k, v in jax.device_get(dict(values)).items()}
+    )
     self.last = numbers
     train = self._config.train
     logged = step in (1, train.num_steps) or step % train.log_every == 0
@@ -153,6 +156,17 @@ class Journal:
         f"(optimizer.max_skips = {limit}). "
         + format_advice(self._workdir, self._checkpointer.latest_step)
       )
+
+
+def find_measured(numbers: Mapping[str, float]) -> dict[str, float]:
+  """What a step has measured, without what it did not draw.
+
+  Scalars of objectives that were not drawn are NaN beside a finite loss.
+  Beside one that is not finite nothing can be told apart, and all stays.
+  """
+  if not math.isfinite(numbers["loss"]):
+    return dict(numbers)
+  return {k: v for k, v in numbers.items() if not math.isnan(v)}
 
 
 class Speed:

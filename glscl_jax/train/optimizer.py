@@ -21,8 +21,11 @@ LR_RULES: tuple[tuple[str, str], ...] = (
   (r"fusion/(text|image)_(transform|pooler)/.*", "fusion"),
   (r"(text_cross|image_cross|(caption_|image_)?decoder)/.*", "fusion"),
   (r"image_positions/value", "fusion"),
-  (r"(mlm|match|pixel|caption)_head/.*", "head"),
-  (r"(vision|text)/.*", "encoder"),
+  (r"(mlm|match|pixel|caption|word|region|feature)_head/.*", "head"),
+  (r"pooler/(kernel|bias)", "head"),
+  (r"(vision|text|region)/.*", "encoder"),
+  # CMAL's only stack is BERT's.
+  (r"encoder/layers/.*", "encoder"),
   (r"(text|image)_projection/(fc[12]|norm)/.*", "encoder"),
   # A single matrix is MaskVLM's or CoCa's: it is with the heads there [choice].
   (r"(text|image)_projection/(kernel|bias)", "head"),
@@ -34,14 +37,22 @@ DECAY_RULES: tuple[tuple[str, str], ...] = (
   (r".*/kernel", "decay"),
   (r"vision/patch_kernel", "decay"),
   (r"(text/(word|position|type)|vision/position)_embedding", "decay"),
-  (r"(fusion/type_embedding|image_positions)/value", "decay"),
+  (
+    r"(fusion/type_embedding|image_positions|region/mask_feature)/value",
+    "decay",
+  ),
   (r".*/(patch_)?bias", "none"),
   (r"vision/(class_embedding|mask_token/value)", "accident"),
   (r"temperature/value", "accident"),
   (r"(text/class_embedding|logit_scale/value)", "none"),
   (r"(vision/.*|(text|image)_projection/)norm\d?/scale", "accident"),
   (r"vision/ln_(pre|post)/scale", "accident"),
-  (r"(text|fusion|(mlm|pixel|caption)_head)/.*norm\d?/scale", "none"),
+  (
+    r"(text|fusion|(mlm|pixel|caption|word|region|feature)_head)"
+    r"/.*norm\d?/scale",
+    "none",
+  ),
+  (r"(region|encoder)/.*norm\d?/scale", "none"),
   (
     r"(text_cross|image_cross|(caption_|image_)?decoder)/.*norm\d?/scale",
     "none",
@@ -52,11 +63,15 @@ DECAY_RULES: tuple[tuple[str, str], ...] = (
 # matrix is a table of words, like an embedding. The patch matrix is with the
 # others too, as in every run so far; a stem's matrices are not [choice].
 MUON_RULES: tuple[tuple[str, str], ...] = (
-  (r"(vision|text|fusion)/.*/kernel", "matrix"),
+  (r"(vision|text|fusion|region|encoder)/.*/kernel", "matrix"),
+  (r"pooler/kernel", "matrix"),
   (r"(text_cross|image_cross|(caption_|image_)?decoder)/.*/kernel", "matrix"),
   (r"(text|image)_projection/(fc[12]/)?kernel", "matrix"),
-  (r"(mlm_head/fc1|(match|pixel)_head/fc)/kernel", "matrix"),
-  (r"(mlm_head/fc2|caption_head/fc)/kernel", "other"),
+  (
+    r"((mlm|word|region|feature)_head/fc1|(match|pixel)_head/fc)/kernel",
+    "matrix",
+  ),
+  (r"((mlm|region)_head/fc2|caption_head/fc)/kernel", "other"),
   (r"vision/patch_kernel", "other"),
   (r"(vision|text)/[a-z]+_embedding", "other"),
   (r".*/((patch_)?bias|scale|value)", "other"),

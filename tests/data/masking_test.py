@@ -350,3 +350,161 @@ def test_masks_do_not_depend_on_the_hash_seed():
     for seed in ("1", "2")
   }
   assert outputs == {f"{masking.sample_rng(0, 1, 2, 'mlm').integers(2**62)}\n"}
+
+
+# Around anchors.
+
+
+def mask_amc(ids_T, real_T, anchors=(), rest=(), *, seed=0, **options):
+  rest_T = np.zeros(len(ids_T), bool)
+  rest_T[list(rest)] = True
+  defaults = {"rate": 0.15, "max_anchors": 4, "hide_anchors": False}
+  return masking.mask_around_anchors(
+    np.random.default_rng(seed),
+    ids_T,
+    real_T,
+    np.array(anchors, np.int32),
+    rest_T,
+    mask_id=MASK,
+    plain_ids_V=PLAIN,
+    **{**defaults, **options},
+  )
+
+
+@pytest.mark.parametrize(
+  ("num_real", "anchors", "rest", "others"),
+  [
+    (20, (3, 7), (8,), 3),
+    (30, (), (), 5),
+    (5, (2,), (), 1),
+    (4, (2,), (3,), 0),
+  ],
+)
+def test_anchors_and_a_share_of_the_other_words_are_targets(
+  num_real, anchors, rest, others
+):
+  ids_T, real_T = make_text(num_real)
+  for seed in range(20):
+    found = mask_amc(ids_T, real_T, anchors, rest, seed=seed)
+    targets = found.pos_J[found.ok_J].tolist()
+    assert set(anchors) | set(rest) <= set(targets)
+    assert len(targets) == len(anchors) + len(rest) + others
+    assert targets == sorted(set(targets))
+    assert found.labels_J[found.ok_J].tolist() == ids_T[targets].tolist()
+    # Anchors are swapped, not masked; what else their words have is masked.
+    assert (found.ids_T[list(anchors)] == ids_T[list(anchors)]).all()
+    assert (found.ids_T[list(rest)] == MASK).all()
+    still = np.ones(50, bool)
+    still[targets] = False
+    assert (found.ids_T[still] == ids_T[still]).all()
+    assert real_T[targets].all()
+
+
+def test_other_words_around_anchors_are_replaced_80_10_10():
+  ids_T, real_T = make_text(48)
+  counts = dict.fromkeys(("mask", "same", "random"), 0)
+  for seed in range(600):
+    found = mask_amc(ids_T, real_T, (5,), (6,), seed=seed, rate=0.3)
+    others = [p for p in found.pos_J[found.ok_J] if p not in (5, 6)]
+    written, labels = found.ids_T[others], ids_T[others]
+    counts["mask"] += (written == MASK).sum()
+    counts["same"] += (written == labels).sum()
+    counts["random"] += ((written != MASK) & (written != labels)).sum()
+  total = sum(counts.values())
+  assert total == 600 * 14
+  assert counts["mask"] / total == pytest.approx(0.8, abs=0.02)
+  assert counts["same"] / total == pytest.approx(0.1, abs=0.015)
+
+
+@pytest.mark.parametrize(("num_real", "targets"), [(0, []), (1, [1]), (2, [1])])
+def test_a_text_without_a_target_has_its_first_token_masked(num_real, targets):
+  ids_T, real_T = make_text(num_real)
+  found = mask_amc(ids_T, real_T)
+  assert found.pos_J[found.ok_J].tolist() == targets
+  assert np.flatnonzero(found.ids_T == MASK).tolist() == targets
+
+
+def test_anchors_are_masked_where_nothing_is_swapped():
+  ids_T, real_T = make_text(20)
+  found = mask_amc(ids_T, real_T, (3, 7), hide_anchors=True)
+  assert (found.ids_T[[3, 7]] == MASK).all()
+  assert {3, 7} <= set(found.pos_J[found.ok_J].tolist())
+
+
+def test_the_slots_around_anchors_hold_the_longest_text():
+  ids_T, real_T = make_text(48)
+  rest = range(10, 40)  # of few words with many pieces
+  found = mask_amc(ids_T, real_T, (9, 41, 43, 45), rest)
+  slots = masking.anchor_slots(50, rate=0.15, max_anchors=4)
+  assert len(found.ok_J) == slots == 8 + 7
+  # All are masked; as many as there may be anchors are targets.
+  assert (found.ids_T[list(rest)] == MASK).all()
+  assert found.ok_J.sum() == 4 + 4 + 2
+  assert {10, 11, 12, 13} <= set(found.pos_J[found.ok_J].tolist())
+  # Nothing but other words.
+  assert mask_amc(ids_T, real_T).ok_J.sum() == 7
+
+
+def test_longer_padding_leaves_the_mask_around_anchors_alone():
+  short, long = (
+    mask_amc(*make_text(30, length=length), (3, 9), (4, 5), seed=5)
+    for length in (50, 57)
+  )
+  assert np.array_equal(short.pos_J[short.ok_J], long.pos_J[long.ok_J])
+  assert np.array_equal(short.ids_T, long.ids_T[:50])
+
+
+# Regions.
+
+
+def mask_regions(count, anchors=(), *, size=36, seed=0, **options):
+  return masking.mask_regions(
+    np.random.default_rng(seed),
+    np.arange(size) < count,
+    np.array(anchors, np.int32),
+    **{"rate": 0.25, "hide_anchors": False, **options},
+  )
+
+
+def test_each_region_of_no_anchor_is_hidden_with_the_rate():
+  hidden = np.zeros(36)
+  for seed in range(2000):
+    found = mask_regions(30, (2, 5), seed=seed)
+    hidden += found.hidden_R
+    asked = found.pos_J[found.ok_J].tolist()
+    assert asked == sorted({2, 5, *np.flatnonzero(found.hidden_R).tolist()})
+    assert not found.pos_J[~found.ok_J].any()
+  assert not hidden[[2, 5]].any() and not hidden[30:].any()
+  others = np.delete(hidden[:30], [2, 5])
+  # 500 expected; the standard deviation is 19.
+  assert np.all(abs(others - 500) < 90)
+
+
+@pytest.mark.parametrize(
+  ("count", "anchors", "hidden"),
+  [(0, (), 0), (1, (), 1), (4, (), 1), (4, (1,), 0)],
+)
+def test_one_region_is_hidden_where_nothing_else_is_asked(
+  count, anchors, hidden
+):
+  seen = set()
+  for seed in range(40):
+    found = mask_regions(count, anchors, seed=seed, rate=0.0)
+    assert found.hidden_R.sum() == hidden
+    assert found.ok_J.sum() == hidden + len(anchors)
+    seen.update(np.flatnonzero(found.hidden_R).tolist())
+  assert seen == (set(range(count)) if hidden else set())
+
+
+def test_anchored_regions_are_hidden_where_nothing_is_swapped():
+  found = mask_regions(6, (1, 4), rate=0.0, hide_anchors=True)
+  assert np.flatnonzero(found.hidden_R).tolist() == [1, 4]
+  assert found.pos_J[found.ok_J].tolist() == [1, 4]
+
+
+def test_longer_padding_leaves_the_region_mask_alone():
+  for seed in range(10):
+    short = mask_regions(30, (2,), seed=seed)
+    long = mask_regions(30, (2,), seed=seed, size=43)
+    assert np.array_equal(short.hidden_R, long.hidden_R[:36])
+    assert np.array_equal(short.pos_J, long.pos_J[:36])

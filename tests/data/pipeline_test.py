@@ -106,6 +106,7 @@ def change_batch(config, size, **data):
       neg_group=size,
       mltc_image_group=size,
       mltc_text_group=size,
+      amc_pair_group=size,
     ),
   )
 
@@ -467,6 +468,7 @@ class ListSource:
   """Records in memory, for damage that an ingest would refuse."""
 
   name = "list/train"
+  schema = None  # images alone
 
   def __init__(self, records):
     images = [record.image for record in records]

@@ -365,3 +365,39 @@ def test_a_vocabulary_mismatch_names_both_numbers_and_the_key(loaded):
     tokenizer.check_vocab(_config(77_777), loaded)
   for part in ("77777", str(loaded.vocab_size), "model.text.vocab_size"):
     assert part in str(caught.value)
+
+
+def test_the_words_write_the_text_token_by_token(loaded):
+  for text in TEXTS[:3]:
+    tokens = loaded.encode(text, 60)
+    sizes = [len(word) for word in tokens.words]
+    used = int(tokens.valid_T.sum())
+    assert sum(sizes) == used - 2
+    numbers = np.repeat(np.arange(len(sizes)), sizes)
+    assert numbers.tolist() == tokens.word_T[1 : used - 1].tolist()
+    joined = "".join("".join(word) for word in tokens.words)
+    assert joined == text.replace(" ", "")
+
+
+def test_a_character_of_several_tokens_is_written_once(loaded):
+  words = loaded.encode("caf\u00e9 \u6f22\u5b57", 60).words
+  assert ["".join(word) for word in words] == ["caf\u00e9", "\u6f22\u5b57"]
+
+
+def test_the_words_of_a_cut_text_are_whole(loaded):
+  assert loaded.encode(TEXTS[0], 5).words == loaded.encode(TEXTS[0], 60).words
+
+
+def test_a_word_model_writes_spelled_and_unknown_words(tmp_path):
+  path = tmp_path / "tokenizer.model"
+  tokenizer.train_sentencepiece(
+    ["paint the brush", "paint, brush"], path, 60, model_type="word"
+  )
+  words = tokenizer.load(path).encode("the Paintbrush, quixotic xyz", 9).words
+  assert words == (
+    ("the",),
+    ("paint", "brush"),
+    (",",),
+    ("quixotic",),
+    ("xyz",),
+  )

@@ -13,11 +13,18 @@ def parse(*arguments):
 EMOJI = ["--size=48", "--npm=/bin/npm", "--num_processes=1"]
 JSONL = ["--split=test", "--image_root=x", "--max_reject_share=0.5"]
 FILE = ["--source=jsonl", "--input=pairs.jsonl"]
+REGIONS = ["--source=regions", "--input=x", "--features=y", "--classes=z"]
+SCENES = ["--source=scenes", "--input=x", "--encoder=y"]
+OF_SCENES = ["--num_train=4", "--num_held_out=4", "--scene_size=64", "--seed=1"]
 
 
 def test_each_source_takes_its_own_flags():
   assert parse(*EMOJI).size == 48
   assert parse(*FILE, *JSONL).split == "test"
+  assert (
+    parse(*REGIONS, "--split=test", "--max_reject_share=0.5").classes == "z"
+  )
+  assert parse(*SCENES, *OF_SCENES).num_train == 4
 
 
 @pytest.mark.parametrize("flag", EMOJI)
@@ -26,10 +33,30 @@ def test_jsonl_refuses_what_only_emoji_reads(flag):
     parse(*FILE, flag)
 
 
-@pytest.mark.parametrize("flag", JSONL)
-def test_emoji_refuses_what_only_jsonl_reads(flag):
-  with pytest.raises(flags.Error, match="is read by --source=jsonl only"):
+@pytest.mark.parametrize(
+  ("flag", "readers"),
+  [
+    ("--split=test", "--source=jsonl and --source=regions"),
+    ("--max_reject_share=0.5", "--source=jsonl and --source=regions"),
+    ("--image_root=x", "--source=jsonl"),
+    ("--features=x", "--source=regions"),
+    ("--classes=x", "--source=regions"),
+    ("--encoder=x", "--source=scenes"),
+    *((flag, "--source=scenes") for flag in OF_SCENES),
+  ],
+)
+def test_emoji_refuses_what_only_others_read(flag, readers):
+  with pytest.raises(flags.Error, match=f"is read by {readers} only"):
     parse(flag)
+
+
+@pytest.mark.parametrize("arguments", [FILE, REGIONS, SCENES])
+def test_what_a_source_needs_is_named(arguments):
+  for left_out in arguments[1:]:
+    name = left_out.partition("=")[0]
+    given = [flag for flag in arguments if flag != left_out]
+    with pytest.raises(flags.Error, match=f"{arguments[0]} needs {name}="):
+      parse(*given)
 
 
 @pytest.mark.parametrize("flag", ["--tokenizer=t.model", "--notrain_tokenizer"])

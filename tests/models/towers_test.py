@@ -9,6 +9,7 @@ import pytest
 from glscl_jax import config as config_lib
 from glscl_jax.models.towers import Towers
 from glscl_jax.systems import glscl
+from glscl_jax.types import Visual
 from tests import random_pairs
 
 BASE = config_lib.Config()
@@ -55,7 +56,9 @@ def test_shapes_of_what_evaluation_asks_for(base, compute_dtype):
 
   def everything(params, image_BYXC, ids_BT, valid_BT):
     x_BTD = glscl.encode_text(params, ids_BT, valid_BT, config=config)
-    y_BID = glscl.encode_image(params, image_BYXC, config=config)
+    y_BID = glscl.encode_visual(
+      params, Visual(image_BYXC=image_BYXC), config=config
+    )
     states = x_BTD, valid_BT, y_BID
     return (
       x_BTD,

@@ -12,7 +12,7 @@ from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.models.towers import Towers
 from glscl_jax.objectives import completion
-from glscl_jax.systems import glscl
+from glscl_jax.systems import glscl, inputs
 from glscl_jax.train import optimizer
 from tests import random_pairs
 
@@ -381,7 +381,7 @@ def test_evaluation_encodes_what_training_contrasts():
     x_BTD = glscl.encode_text(
       params, batch.text_ids_BT, batch.text_valid_BT, config=CONFIG
     )
-    y_BID = glscl.encode_image(params, batch.image_BYXC, config=CONFIG)
+    y_BID = glscl.encode_visual(params, inputs.see_images(batch), config=CONFIG)
     return (
       glscl.text_vectors(params, x_BTD, config=CONFIG),
       glscl.image_vectors(params, y_BID, config=CONFIG),

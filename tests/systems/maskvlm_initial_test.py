@@ -15,6 +15,7 @@ import pytest
 from glscl_jax import config as config_lib
 from glscl_jax.models import cross_stack, heads, text, vision
 from glscl_jax.systems import maskvlm, registry
+from glscl_jax.types import Visual
 from tests import random_pairs, recipes
 from tests.systems import views_test
 
@@ -146,7 +147,9 @@ def test_shapes_of_what_evaluation_asks_for(compute_dtype):
 
   def everything(params, image_BYXC, ids_BT, valid_BT):
     x_BTD = system.encode_text(params, ids_BT, valid_BT, config=config)
-    y_BID = system.encode_image(params, image_BYXC, config=config)
+    y_BID = system.encode_visual(
+      params, Visual(image_BYXC=image_BYXC), config=config
+    )
     states = x_BTD, valid_BT, y_BID
     return (
       x_BTD,

@@ -454,7 +454,9 @@ def test_evaluation_scores_what_training_judges():
     x_BTD = maskvlm.encode_text(
       params, batch.text_ids_BT, batch.text_valid_BT, config=config
     )
-    y_BID = maskvlm.encode_image(params, batch.image_BYXC, config=config)
+    y_BID = maskvlm.encode_visual(
+      params, inputs.see_images(batch), config=config
+    )
     return (
       maskvlm.text_vectors(params, x_BTD, config=config),
       maskvlm.image_vectors(params, y_BID, config=config),

@@ -13,6 +13,7 @@ import pytest
 from glscl_jax import config as config_lib
 from glscl_jax.models import cross_stack, heads, text, vision
 from glscl_jax.systems import registry, sycoca
+from glscl_jax.types import Visual
 from tests import random_pairs, recipes
 from tests.systems import views_test
 
@@ -107,7 +108,9 @@ def test_shapes_of_what_evaluation_asks_for():
 
   def everything(params, image_BYXC, ids_BT, valid_BT):
     x_BLD = system.encode_text(params, ids_BT, valid_BT, config=config)
-    y_BID = system.encode_image(params, image_BYXC, config=config)
+    y_BID = system.encode_visual(
+      params, Visual(image_BYXC=image_BYXC), config=config
+    )
     return (
       x_BLD,
       y_BID,

@@ -15,7 +15,7 @@ from glscl_jax import sharding
 from glscl_jax.models import vision
 from glscl_jax.models.sycoca import SyCoCa
 from glscl_jax.objectives import attentive
-from glscl_jax.systems import sycoca
+from glscl_jax.systems import inputs, sycoca
 from glscl_jax.train import optimizer
 from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib
@@ -426,7 +426,9 @@ def test_evaluation_reads_the_vectors_that_training_contrasts(normal):
     x_BLD = sycoca.encode_text(
       params, batch.text_ids_BT, batch.text_valid_BT, config=CONFIG
     )
-    y_BID = sycoca.encode_image(params, batch.image_BYXC, config=CONFIG)
+    y_BID = sycoca.encode_visual(
+      params, inputs.see_images(batch), config=CONFIG
+    )
     maps_BHTM = sycoca.cross_attention(
       params, x_BLD, batch.text_valid_BT, y_BID, config=CONFIG
     )

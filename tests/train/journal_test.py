@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import signal
+import types
 
+import numpy as np
 import pytest
 
 from glscl_jax import config as config_lib
@@ -67,3 +71,50 @@ def test_the_summary_of_a_stopped_run_says_how_to_go_on():
   assert "stopped by SIGTERM after step 7, which is saved" in text
   assert "3 steps in this call, time: train 1:05, save 0:01" in text
   assert text.endswith("the same command continues from there")
+
+
+def lines_of(tmp_path, steps):
+  """What a journal writes of the scalars of some steps, each a line."""
+  default = config_lib.Config()
+  train = dataclasses.replace(default.train, log_every=1)
+  config = dataclasses.replace(default, train=train)
+  writer = metrics.MetricWriter(tmp_path, config=config, start_step=0)
+  told = journal.Journal(
+    config,
+    workdir=tmp_path,
+    checkpointer=None,
+    writer=writer,
+    log=types.SimpleNamespace(progress=lambda *_, **__: None),
+    clock=metrics.Clock(),
+  )
+  peak = metrics.Peak(flops=None, source="")
+  told._speed = journal.Speed(config, metrics.Clock(), peak, step=0)
+  for number, values in enumerate(steps, start=1):
+    arrays = {name: np.float32(v) for name, v in values.items()}
+    told.add(number, arrays | {"num_skipped": np.int32(0)})
+  told.flush()
+  writer.close()
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  names = {"loss", "amc", "wrc"}
+  return [
+    {k: v for k, v in json.loads(line).items() if k in names} for line in lines
+  ], told.last
+
+
+def test_a_line_holds_nothing_of_objectives_that_its_step_did_not_draw(
+  tmp_path,
+):
+  drawn = [
+    {"loss": 3.0, "amc": 3.0, "wrc": math.nan},
+    {"loss": 2.0, "amc": math.nan, "wrc": 2.0},
+  ]
+  found, last = lines_of(tmp_path, drawn)
+  assert found == [{"loss": 3.0, "amc": 3.0}, {"loss": 2.0, "wrc": 2.0}]
+  assert "amc" not in last
+
+
+def test_a_loss_that_is_not_finite_stays_visible_with_all_its_parts(tmp_path):
+  found, _ = lines_of(
+    tmp_path, [{"loss": math.nan, "amc": math.nan, "wrc": math.nan}]
+  )
+  assert found == [{"loss": None, "amc": None, "wrc": None}]

@@ -1,0 +1,235 @@
+"""How launch/ablate.py plans, runs and continues, and what its table says."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from absl import flags
+
+from glscl_jax import ablations, errors
+from glscl_jax import config as config_lib
+from glscl_jax.export import ablation_table
+from launch import ablate
+from tests import recipes
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROWS = [
+  (suite, row)
+  for suite, table in ablations.SUITES.items()
+  for row in table.rows
+]
+
+
+def make_plan(tmp_path, suite="maskvlm", **changes):
+  options = {
+    "workdir": tmp_path,
+    "data": "/data",
+    "rows": list(ablations.SUITES[suite].rows),
+    "seeds": 2,
+    "steps": 7,
+    "limit": 16,
+  }
+  return ablate.plan(suite, **options | changes)
+
+
+def option(command, name):
+  """The value of a flag; fails where it is not there exactly once."""
+  (found,) = [a for a in command if a.startswith(f"--{name}=")]
+  return found.partition("=")[2]
+
+
+@pytest.mark.parametrize(("suite", "row"), ROWS)
+def test_a_row_is_a_recipe_with_the_objectives_that_it_names(suite, row):
+  table = ablations.SUITES[suite]
+  recipe = recipes.load(f"{ROOT / 'configs/quickstart.py'}:{table.system}")
+  recipe.update_from_flattened_dict(table.rows[row].overrides)
+  config = config_lib.from_config_dict(recipe)
+  assert config.system == table.system
+  for name in config_lib.OBJECTIVES:
+    assert table.has(table.rows[row], name) == (
+      name in config.objectives.active
+    )
+
+
+def test_rows_of_one_suite_differ():
+  for suite in ablations.SUITES.values():
+    seen = [json.dumps(dict(row.overrides)) for row in suite.rows.values()]
+    assert len(set(seen)) == len(seen)
+
+
+def test_rows_start_alike_and_take_equally_many_steps(tmp_path):
+  jobs = make_plan(tmp_path)
+  towers = {job.name: job for job in jobs if not job.after}
+  assert len(towers) == 2 and len(jobs) == 2 + 2 * 7
+  assert jobs[:2] == list(towers.values())
+  for job in jobs[2:]:
+    train = job.commands[0]
+    assert option(train, "config.train.num_steps") == "7"
+    seed = option(train, "config.train.seed")
+    assert option(train, "config.data.seed") == seed
+    start = option(train, "config.train.init_from")
+    assert start == str(towers[job.after].workdir)
+    assert option(towers[job.after].commands[0], "config.train.seed") == seed
+    assert option(train, "config.train.eval_every") == "0"
+
+
+def test_a_row_is_asked_only_what_it_has_learned(tmp_path):
+  reranks = {
+    job.name: [option(command, "rerank") for command in job.commands[1:]]
+    for job in make_plan(tmp_path, seeds=1)
+  }
+  assert reranks["itc-seed0"] == ["none"]
+  assert reranks["mlm_mim-seed0"] == []
+  assert reranks["maskvlm-seed0"] == ["none", "full"]
+  meter = make_plan(tmp_path, suite="glscl", rows=["meter"], seeds=1)[-1]
+  assert [option(c, "rerank") for c in meter.commands[1:]] == ["full"]
+
+
+def test_overrides_are_flags_that_training_takes(tmp_path):
+  (job,) = make_plan(tmp_path, suite="sycoca", rows=["mim_random"], seeds=1)
+  train = job.commands[0]
+  assert option(train, "config.masking.split") == "random"
+  assert option(train, "config.model.fusion.mim_text") == "False"
+  done = subprocess.run(
+    [*train, "--config.data.dir=/nowhere", "--dry_run"],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2
+  assert "/nowhere" in done.stderr  # all that is wrong with it
+
+
+def job(folder, name, code, after=""):
+  return ablate.Job(
+    name=name,
+    workdir=folder / name,
+    commands=((sys.executable, "-c", code),),
+    after=after,
+  )
+
+
+def count(path):
+  return f"open({str(path)!r}, 'a').write('x')"
+
+
+def test_what_is_done_is_not_run_again(tmp_path, capsys):
+  jobs = [job(tmp_path, "a", count(tmp_path / "runs"))]
+  for _ in range(2):
+    assert ablate.Table(jobs, at_a_time=1).run() == {}
+  assert (tmp_path / "runs").read_text() == "x"
+  assert "a: was done before" in capsys.readouterr().out
+  # Other commands for the same folder are other work.
+  changed = [job(tmp_path, "a", f"{count(tmp_path / 'runs')}; 1")]
+  assert ablate.Table(changed, at_a_time=1).run() == {}
+  assert (tmp_path / "runs").read_text() == "xx"
+
+
+def test_a_failure_stops_what_needs_it_and_nothing_else(tmp_path, capsys):
+  jobs = [
+    job(tmp_path, "towers", "import sys; print('why'); sys.exit(3)"),
+    job(tmp_path, "row", count(tmp_path / "row_ran"), after="towers"),
+    job(tmp_path, "other", count(tmp_path / "other_ran")),
+  ]
+  failed = ablate.Table(jobs, at_a_time=2).run()
+  assert set(failed) == {"towers", "row"}
+  assert str(tmp_path / "towers/log.txt") in failed["towers"]
+  assert (tmp_path / "towers/log.txt").read_text() == "why\n"
+  assert not (tmp_path / "row_ran").exists()
+  assert (tmp_path / "other_ran").exists()
+  assert "left out: towers failed" in capsys.readouterr().out
+
+
+STOPPED = """
+import pathlib, signal, sys
+from launch import ablate
+signal.signal(signal.SIGTERM, ablate._interrupt)
+code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+job = ablate.Job(
+  name="a",
+  workdir=pathlib.Path(sys.argv[1]),
+  commands=((sys.executable, "-c", code),),
+)
+ablate.Table([job], at_a_time=1).run()
+"""
+
+
+def is_alive(process):
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  return True
+
+
+def test_nothing_runs_on_after_it_was_stopped(tmp_path):
+  process = subprocess.Popen(
+    [sys.executable, "-c", STOPPED, tmp_path],
+    cwd=ROOT,
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    stderr=subprocess.DEVNULL,
+  )
+  log = tmp_path / "log.txt"
+  deadline = time.monotonic() + 50
+  while not (log.exists() and log.read_text().strip()):
+    assert time.monotonic() < deadline and process.poll() is None
+    time.sleep(0.1)
+  child = int(log.read_text())
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=30) != 0
+  assert not is_alive(child)
+  assert not (tmp_path / ablate.DONE).exists()
+
+
+def test_wrong_rows_and_data_without_the_splits_are_named(tmp_path):
+  suite = ablations.SUITES["glscl"]
+  assert ablate.check_rows(suite, ["glscl", "meter"]) == ["meter", "glscl"]
+  with pytest.raises(flags.Error, match="'mgsc'; meter, meter_itc"):
+    ablate.check_rows(suite, ["mgsc"])
+  with pytest.raises(errors.UserError, match="no such data directory"):
+    ablate.check_splits(suite, str(tmp_path / "none"))
+
+
+def write_result(workdir, value, *, rerank="none"):
+  """A result file as launch/evaluate.py leaves it, as far as it is read."""
+  entry = {
+    "protocol": {"rerank": rerank, "captions": "first"},
+    "metrics": {"mean_r1": value},
+    "chance": {"mean_r1": 0.01},
+  }
+  folder = workdir / "eval/retrieval"
+  folder.mkdir(parents=True)
+  tree = {"results": {"emoji-1": {"test_seen": {rerank: entry}}}}
+  (folder / "metrics.json").write_text(json.dumps(tree))
+
+
+def test_the_table_holds_means_spreads_chance_and_the_paper(tmp_path):
+  runs = {
+    name: [tmp_path / f"{name}{seed}" for seed in range(3)]
+    for name in ("meter_itc", "glscl", "meter")
+  }
+  for workdir, value in zip(runs["meter_itc"], (0.1, 0.2, 0.3), strict=True):
+    write_result(workdir, value)
+  write_result(runs["glscl"][0], 0.5)
+  ablation_table.write(
+    tmp_path,
+    suite=ablations.SUITES["glscl"],
+    runs=runs,
+    command="python launch/ablate.py",
+  )
+  text = (tmp_path / ablation_table.MARKDOWN).read_text()
+  rows = [line.split(" | ") for line in text.splitlines() if " | " in line]
+  cells = {row[0].strip("| "): row[1] for row in rows}
+  assert cells["MLM + ITM + ITC"] == "20.0 \u00b1 10.0"
+  assert cells["+ MGSC + MLTC (GLSCL)"] == "50.0"
+  assert cells["MLM + ITM (METER)"] == "-"
+  assert cells["chance"] == "1.0"
+  assert "3 seeds" in text and "< + MGSC + MLTC" in text
+  assert (tmp_path / ablation_table.PLOT).read_bytes().startswith(b"<?xml")
+  (column,) = json.loads((tmp_path / ablation_table.NUMBERS).read_text())
+  assert column["values"]["meter_itc"] == [0.1, 0.2, 0.3]
