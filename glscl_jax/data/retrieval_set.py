@@ -170,6 +170,11 @@ def _load(
 ) -> np.ndarray | str:
   """The picture, or why there is none."""
   encoded = retrieval_set.source[int(retrieval_set.record_U[row])].image
+  if encoded is None:
+    raise RetrievalSetError(
+      f"split {retrieval_set.split!r}: regions without images, which "
+      "the system cannot read"
+    )
   try:
     image_YXC = transforms.decode(encoded)
   except transforms.BadImage as error:

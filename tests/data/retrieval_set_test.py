@@ -5,6 +5,7 @@ import pytest
 
 from glscl_jax.data import pairs, retrieval_set, transforms
 from tests import tiny
+from tests.data import tiny_regions
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +126,13 @@ def test_an_unknown_split_names_those_there(data_dir):
 def test_an_unknown_caption_choice_is_refused(data_dir):
   with pytest.raises(retrieval_set.RetrievalSetError, match="captions='some'"):
     retrieval_set.read(data_dir, "test", captions="some")
+
+
+def test_regions_without_images_are_said(tmp_path):
+  records = [tiny_regions.make_record(number) for number in range(2)]
+  made = tiny_regions.write(tmp_path / "r", records)
+  found = retrieval_set.read(made, "train")
+  with pytest.raises(
+    retrieval_set.RetrievalSetError, match="'train': regions without images"
+  ):
+    load(found, 2)
