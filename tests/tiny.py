@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, tokenizer
+from glscl_jax.export import weights as weights_lib
 from tests import random_pairs
 
 NAMES = (
@@ -104,3 +107,29 @@ def config(data_dir: pathlib.Path) -> config_lib.Config:
 
 # Random weights, wide enough that the few pictures of a split rank apart.
 params = functools.partial(random_pairs.spread_params, spread=0.2)
+
+
+def of_system(
+  data_dir: pathlib.Path, make: Callable[..., config_lib.Config]
+) -> config_lib.Config:
+  """A configuration of tests/random_pairs.py that reads `data_dir`."""
+  vocab_size = tokenizer.load(data_dir / "tokenizer.model").vocab_size
+  made = make(vocab_size=vocab_size, max_length=9)
+  data = dataclasses.replace(made.data, dir=str(data_dir))
+  return dataclasses.replace(made, data=data)
+
+
+def save(folder: pathlib.Path, config: config_lib.Config) -> pathlib.Path:
+  """An export of random weights at step 7, in `folder`."""
+  weights_lib.save_export(
+    folder,
+    weights_lib.Weights(
+      config=config,
+      params=params(config),
+      tokenizer_path=pathlib.Path(config.data.dir) / "tokenizer.model",
+      step=7,
+      metrics={},
+      lineage={"tokenizer_sha256": "t" * 64, "init_from": None},
+    ),
+  )
+  return folder

@@ -22,6 +22,7 @@ GRID = "#e4e7eb"
 # One colour a protocol, in the order met; told apart without colour vision.
 SERIES = ("#1d4ed8", "#f59e0b", "#0f766e", "#9d174d")
 HEAT = np.array([204, 36, 29], np.float32)
+HIDDEN = np.array([188, 196, 206], np.uint8)  # in place of a hidden patch
 
 _STYLE = {
   "font.size": 9,
@@ -242,3 +243,41 @@ def overlay(
   grey = np.asarray(picture.convert("L"), np.float32)[:, :, None]
   pale = 255 - 0.6 * (255 - grey)
   return np.round(pale * (1 - strength) + HEAT * strength).astype(np.uint8)
+
+
+def put_patches(
+  image_YXC: np.ndarray,
+  index_J: np.ndarray,
+  pixel_JPC: np.ndarray,
+  *,
+  patch_size: int,
+) -> np.ndarray:
+  """A picture with other pixels, row by row, in some of its patches."""
+  found_YXC = image_YXC.copy()
+  columns = image_YXC.shape[1] // patch_size
+  for index, pixel_PC in zip(index_J, pixel_JPC, strict=True):
+    y, x = (patch_size * int(place) for place in divmod(int(index), columns))
+    found_YXC[y : y + patch_size, x : x + patch_size] = pixel_PC.reshape(
+      patch_size, patch_size, 3
+    )
+  return found_YXC
+
+
+def hide(image_YXC: np.ndarray, hidden_I: np.ndarray) -> np.ndarray:
+  """A picture with flat grey in place of its hidden patches, row-major."""
+  where_YX1 = _enlarge(hidden_I, image_YXC.shape[0])
+  return np.where(where_YX1, HIDDEN[None, None], image_YXC)
+
+
+def mark(image_YXC: np.ndarray, hidden_I: np.ndarray) -> np.ndarray:
+  """A picture with some of its patches, row-major, in red."""
+  where_YX1 = _enlarge(hidden_I, image_YXC.shape[0])
+  tinted_YXC = 0.55 * image_YXC + 0.45 * HEAT[None, None]
+  return np.where(where_YX1, np.round(tinted_YXC), image_YXC).astype(np.uint8)
+
+
+def _enlarge(hidden_I: np.ndarray, size: int) -> np.ndarray:
+  """A flag a pixel from one a patch, (Y, X, 1)."""
+  grid = round(len(hidden_I) ** 0.5)
+  hidden_GG = hidden_I.reshape(grid, grid)
+  return np.kron(hidden_GG, np.ones((size // grid,) * 2, bool))[:, :, None]

@@ -1,8 +1,9 @@
 """report.html: a run on one page, with every picture inside the file.
 
 Loss curves from metrics.jsonl, recalls from eval/retrieval/metrics.json beside
-chance, examples from predictions.json, and the text-to-image attention of the
-last fusion layer. What was not measured is left out and said so.
+chance, examples from predictions.json, the text-to-image attention of the last
+fusion layer, and, where the system has them, completed patches and words. What
+was not measured is left out and said so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, sources, transforms
-from glscl_jax.export import attention, pictures
+from glscl_jax.export import attention, pictures, reconstruction
 from glscl_jax.export.weights import Weights, name_arrays, params_sha256
 from glscl_jax.systems import registry
 from glscl_jax.tasks import results, retrieval
@@ -79,7 +80,8 @@ class Options:
   """How much is shown."""
 
   num_queries: int = 6  # a split and direction
-  num_maps: int = 6  # drawings whose attention is shown
+  num_maps: int = 6  # drawings whose attention, patches, words are shown
+  num_measured: int = 256  # drawings whose patches and words are measured
   splits: tuple[str, ...] = ()  # of the examples; empty: the held-out ones
   seed: int = 0  # of the choice of examples
 
@@ -131,6 +133,8 @@ def make_report(
     ),
     *([] if splits else [_absent("Examples", _why_none(data, predictions))]),
     _attention(weights, data_dir, splits, options),
+    _patches(weights, data_dir, splits, options),
+    _words(weights, data_dir, splits, options),
     _config(weights),
     _credits(data_dir),
   ]
@@ -497,14 +501,12 @@ def _attention(
   weights: Weights, data_dir: str, splits: Sequence[str], options: Options
 ) -> str:
   """Attention maps of each word of some held-out captions."""
-  there = sources.splits(data_dir)
   if not _attends(weights):
     return _absent(
       "Where each word looks",
       "no objective of this run uses the fusion of text with image.",
     )
-  held_out = [split for split in _in_order(there) if split != "train"]
-  split = splits[0] if splits else (held_out or list(there))[-1]
+  split = _shown_split(data_dir, splits)
   found = attention.attend(
     weights,
     attention.choose(
@@ -525,6 +527,15 @@ def _attention(
     f"{FULL_RED:g}x.</p>"
     f'<div class="maps">{rows}</div></section>'
   )
+
+
+def _shown_split(data_dir: str, splits: Sequence[str]) -> str:
+  """The first of those asked for, else the hardest held-out one."""
+  if splits:
+    return splits[0]
+  there = sources.splits(data_dir)
+  held_out = [split for split in _in_order(there) if split != "train"]
+  return (held_out or list(there))[-1]
 
 
 def _attends(weights: Weights) -> bool:
@@ -554,6 +565,129 @@ def _attention_row(found: attention.Attention) -> str:
     f'<div class="row"><figure>{drawing}<figcaption>drawing</figcaption>'
     f"</figure>{''.join(tiles)}</div>"
   )
+
+
+def _patches(
+  weights: Weights, data_dir: str, splits: Sequence[str], options: Options
+) -> str:
+  """Masked images, completed from their own captions and from others."""
+  system, config = registry.find(weights.config), weights.config
+  name = system.patch_objective
+  if name not in config.objectives.active:
+    return ""
+  title = "What stands in the hidden patches"
+  split = _shown_split(data_dir, splits)
+  examples = reconstruction.choose(
+    sources.open_source(data_dir, split),
+    count=options.num_measured,
+    seed=options.seed,
+  )
+  if len({example.captions[0] for example in examples}) < 2:
+    return _absent(title, f"{split} has no two captions to compare.")
+  found = reconstruction.complete(
+    weights, examples, num_shown=options.num_maps, seed=options.seed
+  )
+  rows = "".join(_patch_row(one) for one in found.shown)
+  note = (
+    "The model predicts a patch up to its brightness and contrast, which are "
+    "taken from the drawing. "
+    if config.objectives.mim_patch_norm
+    else ""
+  )
+  return (
+    f"<section><h2>{_text(title)}</h2><p>Pixels of hidden patches, predicted "
+    "from the patches that are left and a caption: the drawing's own one, and "
+    "for comparison that of another drawing, with the same patches hidden: "
+    f"{_text(system.describe_hidden(config))}. {note}"
+    f"Split: {_text(cell_title(split))}; drawn at random (seed "
+    f"{options.seed}).</p><p>{_text(_compare_errors(found, CURVES[name]))}</p>"
+    f'<div class="patches">{rows}</div></section>'
+  )
+
+
+def _compare_errors(found: reconstruction.Completions, title: str) -> str:
+  """The numbers behind the pictures, with standard errors."""
+  own_A, other_A = found.error_A, found.other_error_A
+  count, gain_A = len(own_A), other_A - own_A
+  share = float(np.mean(gain_A > 0))
+  error = float(np.std(gain_A)) / count**0.5
+  return (
+    f"{title} over {count:,} drawings: {own_A.mean():.4f} from the own "
+    f"caption, {other_A.mean():.4f} from another one; difference "
+    f"{gain_A.mean():.4f}, "
+    f"standard error {error:.4f}. From the own caption it is lower for "
+    f"{100 * share:.0f} % of the drawings, standard error "
+    f"{100 * (share * (1 - share) / count) ** 0.5:.0f} %."
+  )
+
+
+def _patch_row(found: reconstruction.Completion) -> str:
+  image_YXC, hidden_I = found.image_YXC, found.hidden_I
+  tiles = {
+    "which are hidden": pictures.mark(image_YXC, hidden_I),
+    "what is seen": pictures.hide(image_YXC, hidden_I),
+    "from its caption": found.by_caption_YXC,
+    f"from: {found.other}": found.by_other_YXC,
+    "drawing": image_YXC,
+  }
+  figures = "".join(
+    f"<figure>{_thumbnail(tile_YXC, label)}"
+    f"<figcaption>{_text(label)}</figcaption></figure>"
+    for label, tile_YXC in tiles.items()
+  )
+  return (
+    f"<div><h4>{_text(found.caption)}</h4>"
+    f'<div class="row">{figures}</div></div>'
+  )
+
+
+def _words(
+  weights: Weights, data_dir: str, splits: Sequence[str], options: Options
+) -> str:
+  """Masked words as guessed with the image and without it."""
+  system, config = registry.find(weights.config), weights.config
+  if system.word_objective not in config.objectives.active:
+    return ""
+  split = _shown_split(data_dir, splits)
+  examples = reconstruction.choose(
+    sources.open_source(data_dir, split),
+    count=options.num_measured,
+    seed=options.seed,
+  )
+  found = reconstruction.guess(
+    weights, examples, num_shown=options.num_maps, seed=options.seed
+  )
+  rows = "".join(_word_row(one) for one in found.shown)
+  return (
+    "<section><h2>What stands in the place of masked words</h2><p>The "
+    f"{reconstruction.TOP} likeliest tokens at masked places, with the drawing "
+    "and with a blank image of the mean colour. Right ones are green with a "
+    f"tick. Split: {_text(cell_title(split))}; drawn at random (seed "
+    f"{options.seed}).</p><p>The likeliest token is right for "
+    f"{100 * found.by_image:.1f} % of {found.num_words:,} masked tokens with "
+    f"the drawing, for {100 * found.by_blank:.1f} % without.</p>"
+    f'<div class="i2t">{rows}</div></section>'
+  )
+
+
+def _word_row(found: reconstruction.MaskedText) -> str:
+  lists = "".join(
+    f"<p>with the drawing</p>{_guesses(one.word, one.by_image)}"
+    f"<p>without</p>{_guesses(one.word, one.by_blank)}"
+    for one in found.guesses
+  )
+  return (
+    f'<div class="query">{_thumbnail(found.image_YXC, "drawing")}'
+    f"<div><h4>{_text(' '.join(found.pieces))}</h4>{lists}</div></div>"
+  )
+
+
+def _guesses(word: str, guesses: Sequence[tuple[str, float]]) -> str:
+  items = "".join(
+    f"<li{_right({'match': name == word})}>{_text(name)}<i>{share:.2f}</i></li>"
+    for name, share in guesses
+  )
+  return f"<ol>{items}</ol>"
 
 
 def _config(weights: Weights) -> str:
@@ -668,6 +802,10 @@ li.right::after {{ content: " \\2713"; }}
 .maps {{ display: grid; gap: 14px 28px;
   grid-template-columns: repeat(auto-fill, minmax(500px, 1fr)); }}
 .maps .row figure {{ border-color: transparent; }}
+.patches {{ display: grid; gap: 18px 28px;
+  grid-template-columns: repeat(auto-fill, minmax(500px, 1fr)); }}
+.patches .thumb {{ image-rendering: pixelated; }}
+.patches .row figure {{ border-color: transparent; }}
 pre {{ font-size: 12px; background: #f5f7fa; padding: 12px; overflow-x: auto; }}
 summary {{ cursor: pointer; }}
 footer {{ margin-top: 44px; padding-top: 14px; border-top: 1px solid #e4e7eb;

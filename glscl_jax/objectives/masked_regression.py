@@ -34,18 +34,46 @@ def masked_regression(
     loss: the power, |.|^1 or |.|^2.
     patch_norm: give each target patch mean 0 and variance 1 first.
   """
-  target_BJP = jnp.take_along_axis(target_BIP, index_BJ[:, :, None], axis=1)
-  target_BJP = jax.lax.stop_gradient(target_BJP.astype(jnp.float32))
+  error_BJ = patch_errors(
+    prediction_BJP, target_BIP, index_BJ, loss=loss, patch_norm=patch_norm
+  )
+  if ok_BJ is None:
+    ok_BJ = jnp.ones(index_BJ.shape, bool)
+  total = jnp.sum(jnp.where(ok_BJ, error_BJ, 0.0))
+  return total / jnp.maximum(jnp.sum(ok_BJ, dtype=jnp.float32), 1.0)
+
+
+def patch_errors(
+  prediction_BJP: jax.Array,
+  target_BIP: jax.Array,
+  index_BJ: jax.Array,
+  *,
+  loss: Literal["l1", "l2"],
+  patch_norm: bool,
+) -> jax.Array:
+  """The error of each hidden patch, (B, J); see `masked_regression`."""
+  target_BJP = _targets(target_BIP, index_BJ)
   if patch_norm:
     target_BJP = normalize_patches(target_BJP)
   error_BJP = jnp.abs(prediction_BJP.astype(jnp.float32) - target_BJP)
   if loss == "l2":
     error_BJP = jnp.square(error_BJP)
-  error_BJ = jnp.mean(error_BJP, axis=-1)
-  if ok_BJ is None:
-    ok_BJ = jnp.ones(index_BJ.shape, bool)
-  total = jnp.sum(jnp.where(ok_BJ, error_BJ, 0.0))
-  return total / jnp.maximum(jnp.sum(ok_BJ, dtype=jnp.float32), 1.0)
+  return jnp.mean(error_BJP, axis=-1)
+
+
+def _targets(target_BIP: jax.Array, index_BJ: jax.Array) -> jax.Array:
+  target_BJP = jnp.take_along_axis(target_BIP, index_BJ[:, :, None], axis=1)
+  return jax.lax.stop_gradient(target_BJP.astype(jnp.float32))
+
+
+def restore_patches(
+  prediction_BJP: jax.Array, target_BIP: jax.Array, index_BJ: jax.Array
+) -> jax.Array:
+  """Undoes `normalize_patches` by the statistics of the original patches."""
+  target_BJP = _targets(target_BIP, index_BJ)
+  mean_BJ1 = jnp.mean(target_BJP, axis=-1, keepdims=True)
+  variance_BJ1 = jnp.var(target_BJP, axis=-1, keepdims=True, ddof=1)
+  return prediction_BJP * jnp.sqrt(variance_BJ1 + 1e-6) + mean_BJ1
 
 
 def normalize_patches(patches_BJP: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from glscl_jax.models import vision
 from glscl_jax.models.cross_stack import CrossStack
 from glscl_jax.models.maskvlm import MaskVLM
 from glscl_jax.objectives import contrastive, masked_regression, matching
-from glscl_jax.systems import encoders, inputs, terms, views
+from glscl_jax.systems import completed, encoders, inputs, terms, views
 from glscl_jax.types import Batch, LossOutput, Params
 
 # The versions of image and text that each objective reads.
@@ -422,5 +422,52 @@ def cross_attention(
     asked = ask_text(x_BTD, text_valid_BT, y_BID)
     h_BTD = model.text_cross.body(*asked)
     return model.text_cross.attention(h_BTD, *asked[1:])
+
+  return _apply(params, config, method)
+
+
+def complete_patches(
+  params: Params,
+  batch: Batch,
+  text_ids_BT: jax.Array,
+  text_valid_BT: jax.Array,
+  *,
+  config: Config,
+  key: jax.Array,
+) -> completed.Completed:
+  """The hidden blocks of the batch, from other texts than its own.
+
+  Args:
+    params: as made by `init`.
+    batch: images and their blocks.
+    text_ids_BT: what the images are completed from.
+    text_valid_BT: its tokens.
+    config: the run's.
+    key: not read here.
+  """
+  asked = dataclasses.replace(
+    batch, text_ids_BT=text_ids_BT, text_valid_BT=text_valid_BT
+  )
+
+  def method(model: MaskVLM) -> jax.Array:
+    images = encode_images(model, asked, ("block",), config)
+    texts = encode_texts(model, asked, ("full",))
+    encoded = Encoded(images, texts, None)
+    fused = fuse_images(model, asked, encoded, None)
+    return model.pixel_head(decode(model, asked, encoded, fused))
+
+  return completed.compare(
+    _apply(params, config, method), batch.image_BYXC, batch.block_idx_BI, config
+  )
+
+
+def word_logits(params: Params, batch: Batch, *, config: Config) -> jax.Array:
+  """Logits of the masked words from the image, (B, J, V)."""
+
+  def method(model: MaskVLM) -> jax.Array:
+    images = encode_images(model, batch, ("full",), config)
+    texts = encode_texts(model, batch, ("mlm",))
+    encoded = Encoded(images, texts, None)
+    return model.mlm_head(fuse_texts(model, batch, encoded, None)["mlm"])
 
   return _apply(params, config, method)

@@ -25,6 +25,7 @@ from glscl_jax.systems import (
   sycoca,
   sycoca_flops,
 )
+from glscl_jax.systems.completed import Completed
 from glscl_jax.systems.flops import Forward
 from glscl_jax.types import Batch, LossOutput, Params, Visual
 
@@ -46,9 +47,9 @@ class System:
   text_vectors: Callable[..., jax.Array] | None  # (params, x_BLD), unit
   match_scores: Callable[..., jax.Array] | None  # (params, x_BTD,
   # text_valid_BT, y_BMD, Visual.valid); None: no image-text matching
-  # Captioning; None: the system writes no texts. Both give logits (B, V) of the
-  # next token and what is kept for it: begin (params, ids_B, y_BMD, length=),
-  # extend (params, ids_A, kept).
+  # Captions; None: writes no texts. Both give logits (A, V) of the next token
+  # and what is kept for it: (params, ids_B, y_BMD, length=) begins, (params,
+  # ids_A, what is kept) goes on.
   begin_captions: Callable[..., tuple[jax.Array, Any]] | None = None
   extend_captions: Callable[..., tuple[jax.Array, Any]] | None = None
   # Report.
@@ -56,6 +57,14 @@ class System:
   # text_valid_BT, y_BMD); None: images are not seen patch by patch
   attention_part: str | None  # parameters that cross_attention needs
   describe_fusion: Callable[[Config], str]
+  # Hidden patches: (params, batch, text_ids_BT, text_valid_BT, key=); the
+  # objective that trains it; which are hidden.
+  complete_patches: Callable[..., Completed] | None = None
+  patch_objective: str = ""
+  describe_hidden: Callable[[Config], str] | None = None
+  # Logits (B, J, V) of masked words, from the image: (params, batch).
+  word_logits: Callable[..., jax.Array] | None = None
+  word_objective: str = ""
 
 
 SYSTEMS = {
@@ -87,6 +96,14 @@ SYSTEMS = {
     match_scores=maskvlm.match_scores,
     cross_attention=maskvlm.cross_attention,
     attention_part="text_cross.last",
+    complete_patches=maskvlm.complete_patches,
+    patch_objective="mim",
+    describe_hidden=lambda config: (
+      f"random blocks of {config.masking.image_block_size} px, "
+      f"{100 * config.masking.image_block_ratio:g} % of them, rounded up"
+    ),
+    word_logits=maskvlm.word_logits,
+    word_objective="mlm",
     describe_fusion=lambda config: (
       f"cross-attention, depth {config.model.fusion.image_depth} (image), "
       f"{config.model.fusion.text_depth} (text), "
@@ -107,6 +124,9 @@ SYSTEMS = {
     extend_captions=sycoca.extend_captions,
     cross_attention=sycoca.cross_attention,
     attention_part="caption_decoder.last",
+    complete_patches=sycoca.complete_patches,
+    patch_objective="tg_mim",
+    describe_hidden=sycoca.describe_hidden,
     describe_fusion=sycoca.describe_fusion,
   ),
   "cmal": System(

@@ -33,7 +33,7 @@ from glscl_jax.objectives import (
   contrastive,
   masked_regression,
 )
-from glscl_jax.systems import encoders, inputs, terms
+from glscl_jax.systems import completed, encoders, inputs, terms
 from glscl_jax.types import Batch, LossOutput, Params
 
 
@@ -353,6 +353,40 @@ def cross_attention(
   return jnp.pad(maps_BHTI, ((0, 0), (0, 0), (0, 0), (1, 0)))
 
 
+def complete_patches(
+  params: Params,
+  batch: Batch,
+  text_ids_BT: jax.Array,
+  text_valid_BT: jax.Array,
+  *,
+  config: Config,
+  key: jax.Array,
+) -> completed.Completed:
+  """The patches that the batch's own captions hide, from other texts.
+
+  Args:
+    params: as made by `init`.
+    batch: images and the texts that tell which patches are hidden.
+    text_ids_BT: what the images are completed from.
+    text_valid_BT: its tokens.
+    config: the run's.
+    key: patches that are hidden at random.
+  """
+
+  def method(model: SyCoCa) -> tuple[jax.Array, jax.Array]:
+    encoded = encode(model, batch, config)
+    split = split_patches(model, batch, encoded, config, key, None)
+    if needs_text(config):
+      other_BLD = model.text(text_ids_BT, text_valid_BT)
+      encoded = dataclasses.replace(encoded, text_BLD=other_BLD)
+    other = dataclasses.replace(batch, text_valid_BT=text_valid_BT)
+    context = Context(model, other, encoded, split, config)
+    return model.pixel_head(reconstruct(context)), split.high_BJ
+
+  prediction_BJP, high_BJ = _apply(params, config, method)
+  return completed.compare(prediction_BJP, batch.image_BYXC, high_BJ, config)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CaptionPast:
@@ -420,3 +454,11 @@ def describe_fusion(config: Config) -> str:
   }
   there = [depths[n] for n in config.objectives.active if n in depths]
   return ", ".join(there) or "none"
+
+
+def describe_hidden(config: Config) -> str:
+  """Which patches TG-MIM hides."""
+  share = f"{100 * config.masking.r_high:g} % of the patches"
+  if config.masking.split == "random":
+    return f"a random {share}"
+  return f"the {share} that the drawing's own caption speaks of most"

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from glscl_jax import config as config_lib
+from glscl_jax import types
 from glscl_jax.data import pairs, pipeline, regions, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
+from glscl_jax.systems import registry
 from tests.data import tiny_regions
 
 NUM_RECORDS = 12
@@ -226,6 +230,33 @@ def test_a_batch_holds_the_masks_that_objectives_read(
   config = with_objectives(config, **{objective: 1.0})
   (batch,) = take(config, tokenizer)
   assert batch.keys() == ALWAYS | set(names)
+
+
+@pytest.mark.parametrize("swap", ["both", "text", "image", "none"])
+def test_the_system_finds_in_a_batch_what_it_reads(config, tokenizer, swap):
+  model = dataclasses.replace(
+    config.model,
+    text=dataclasses.replace(config.model.text, width=64),
+    fusion=dataclasses.replace(config.model.fusion, width=64, depth=1),
+  )
+  config = change(
+    dataclasses.replace(config, model=model), "masking", swap=swap
+  )
+  system = registry.find(config)
+  for name in config_lib.SYSTEM_OBJECTIVES["cmal"]:
+    alone = with_objectives(config, **{name: 1.0})
+    params = jax.eval_shape(
+      lambda alone=alone: system.init(alone, jax.random.key(0))
+    )
+    (rows,) = take(alone, tokenizer)
+    output = jax.eval_shape(
+      functools.partial(
+        system.loss, config=alone, key=jax.random.key(0), step=0
+      ),
+      params,
+      types.Batch(**rows),
+    )
+    assert output.loss.shape == ()
 
 
 def test_without_anchors_any_region_and_any_word_may_be_hidden(

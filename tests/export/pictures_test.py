@@ -78,3 +78,31 @@ def test_word_maps_leave_out_the_class_and_take_the_strongest_head():
   maps[:, 4, 3] = 0.8  # the end token
   found = attention.word_maps(maps, np.array([-1, 0, 1, 1, -1]), 2)
   np.testing.assert_allclose(found, [[[0.1, 0], [0, 0.3]], [[0, 0.3], [0, 0]]])
+
+
+def test_patches_are_put_where_they_were_taken_from():
+  image = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
+  patch_IPC = np.stack(
+    [
+      image[4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+      for y in range(3)
+      for x in range(3)
+    ]
+  ).reshape(9, 16, 3)
+  index = np.array([7, 2, 4])
+  found = pictures.put_patches(
+    np.zeros_like(image), index, patch_IPC[index], patch_size=4
+  )
+  there = np.kron(np.isin(np.arange(9), index).reshape(3, 3), np.ones((4, 4)))
+  np.testing.assert_array_equal(found, image * (there[..., None] > 0))
+
+
+def test_hidden_patches_are_grey_or_red_and_the_others_as_they_were():
+  image = np.full((8, 8, 3), 40, np.uint8)
+  hidden = np.array([False, True, False, False])
+  grey, red = pictures.hide(image, hidden), pictures.mark(image, hidden)
+  for found in (grey, red):
+    changed = np.any(found != 40, axis=-1)
+    assert changed[:4, 4:].all() and changed.sum() == 16
+  assert np.ptp(grey[:4, 4:].reshape(-1, 3), axis=0).max() == 0
+  assert red[0, 7, 0] > red[0, 7, 1] + 50

@@ -20,7 +20,7 @@ from glscl_jax.tasks import results
 from launch import evaluate as evaluate_launcher
 from launch import export as export_launcher
 from launch import report as report_launcher
-from tests import tiny
+from tests import random_pairs, tiny
 
 CELLS = evaluate_launcher.EMOJI_CELLS
 
@@ -45,18 +45,7 @@ def work(tmp_path_factory):
   root = tmp_path_factory.mktemp("report")
   data_dir = tiny.write_names(root / "data", *CELLS)
   config = tiny.config(data_dir)
-  export = root / "export"
-  weights_lib.save_export(
-    export,
-    weights_lib.Weights(
-      config=config,
-      params=tiny.params(config),
-      tokenizer_path=data_dir / "tokenizer.model",
-      step=7,
-      metrics={},
-      lineage={"tokenizer_sha256": "t" * 64, "init_from": None},
-    ),
-  )
+  export = tiny.save(root / "export", config)
   lines = [
     {"step": i, "loss": 9.0 - i / 10, "mlm": 2.0, "itm_accuracy": 0.5}
     for i in range(1, 41)
@@ -225,6 +214,55 @@ def test_attention_that_a_run_does_not_have_is_left_out(work, tmp_path):
   assert found.code == 0, found.err
   page = (export / "report.html").read_text()
   assert "Where each word looks</h2><p>Not shown: no objective" in page
+
+
+@pytest.fixture(scope="module")
+def pages(work, tmp_path_factory):
+  """The page of each system that completes patches."""
+  found = {}
+  for make in (random_pairs.maskvlm, random_pairs.sycoca):
+    config = tiny.of_system(work.parent / "data", make)
+    export = tiny.save(tmp_path_factory.mktemp("export") / "e", config)
+    done = run(report_launcher, f"--workdir={export}", "--num_examples=2")
+    assert done.code == 0, done.err
+    found[config.system] = (export / "report.html").read_text()
+  return found
+
+
+@pytest.mark.parametrize("system", ["maskvlm", "sycoca"])
+def test_patches_are_completed_from_two_captions_beside_numbers(pages, system):
+  Reader().feed(pages[system])
+  (section,) = re.findall(
+    "<h2>What stands in the hidden patches(.*?)</section>", pages[system], re.S
+  )
+  rows = re.findall('<h4>(.*?)</h4><div class="row">(.*?)</div>', section, re.S)
+  assert len(rows) == 2
+  for caption, row in rows:
+    assert caption in tiny.NAMES
+    labels = re.findall("<figcaption>(.*?)</figcaption>", row)
+    assert labels[2] == "from its caption"
+    assert labels[3].removeprefix("from: ") in set(tiny.NAMES) - {caption}
+    pictures = re.findall('src="(.*?)"', row)
+    assert len(set(pictures)) == len(labels) == 5
+  assert re.search(r"over 8 drawings: [.\d]+ from the own caption", section)
+  assert ("caption speaks of most" in section) == (system == "sycoca")
+  assert ("up to its brightness" in section) == (system == "sycoca")
+
+
+def test_masked_words_are_guessed_with_the_drawing_and_without(pages):
+  (section,) = re.findall(
+    "<h2>What stands in the place of masked words(.*?)</section>",
+    pages["maskvlm"],
+    re.S,
+  )
+  assert section.count("&lt;mask&gt;") >= 2
+  assert section.count("<li") >= 2 * 2 * 5
+  assert re.search(r"% of \d+ masked tokens with the drawing", section)
+
+
+def test_sections_of_other_systems_are_not_there(page, pages):
+  assert "hidden patches" not in page and "masked words" not in page
+  assert "masked words" not in pages["sycoca"]
 
 
 @pytest.mark.parametrize(

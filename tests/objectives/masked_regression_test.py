@@ -125,3 +125,21 @@ def test_bfloat16_predictions_are_summed_in_float32():
   prediction, target, index = example()
   found = run(jnp.asarray(prediction, jnp.bfloat16), target, index)
   assert found.dtype == jnp.float32
+
+
+def test_the_mean_over_patches_is_the_loss():
+  arrays = example()
+  errors = masked_regression.patch_errors(*arrays, loss="l1", patch_norm=True)
+  assert errors.shape == (B, J)
+  np.testing.assert_allclose(
+    errors.mean(), run(*arrays, patch_norm=True), rtol=1e-6
+  )
+
+
+def test_normalised_patches_are_restored_by_the_original_statistics():
+  _, target, index = example()
+  rows = np.take_along_axis(target, index[:, :, None], axis=1)
+  found = masked_regression.restore_patches(
+    masked_regression.normalize_patches(jnp.asarray(rows)), target, index
+  )
+  np.testing.assert_allclose(found, rows, atol=1e-5)

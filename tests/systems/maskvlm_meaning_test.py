@@ -14,6 +14,7 @@ from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.models import vision
 from glscl_jax.models.maskvlm import MaskVLM
+from glscl_jax.objectives import masked_lm
 from glscl_jax.systems import inputs, maskvlm
 from glscl_jax.train import optimizer
 from tests import random_pairs
@@ -488,3 +489,27 @@ def test_dropout_follows_the_key_and_is_off_in_evaluation():
   first = float(go(params, batch, KEY).loss)
   assert first == float(go(params, batch, KEY).loss)
   assert first != float(go(params, batch, jax.random.key(6)).loss)
+
+
+def test_completed_patches_have_the_loss_of_training(normal):
+  @jax.jit
+  def complete(params, ids_BT, valid_BT):
+    return maskvlm.complete_patches(
+      params, BATCH, ids_BT, valid_BT, config=CONFIG, key=KEY
+    )
+
+  texts = BATCH.text_ids_BT, BATCH.text_valid_BT
+  own = complete(PARAMS, *texts)
+  losses = normal[1]
+  np.testing.assert_allclose(own.error_B.mean(), losses["mim"], rtol=1e-5)
+  other = complete(PARAMS, *(np.roll(a, 1, axis=0) for a in texts))
+  np.testing.assert_array_equal(other.hidden_BJ, own.hidden_BJ)
+  assert np.all(np.abs(other.error_B - own.error_B) > 1e-6)
+
+
+def test_logits_of_masked_words_are_those_of_training(normal):
+  read = jax.jit(functools.partial(maskvlm.word_logits, config=CONFIG))
+  found = masked_lm.masked_cross_entropy(
+    read(PARAMS, BATCH), BATCH.mlm_labels_BJ, BATCH.mlm_ok_BJ
+  )
+  assert float(found) == pytest.approx(normal[1]["mlm"], rel=1e-5)

@@ -448,3 +448,19 @@ def test_evaluation_reads_the_vectors_that_training_contrasts(normal):
   assert maps_BHTM.shape == (SIZE, 1, 10, 17)
   np.testing.assert_allclose(np.sum(maps_BHTM, axis=-1), 1.0, rtol=1e-5)
   assert np.all(np.asarray(maps_BHTM)[..., 0] == 0)
+
+
+def test_completed_patches_have_the_loss_of_training(normal):
+  @jax.jit
+  def complete(params, ids_BT, valid_BT):
+    return sycoca.complete_patches(
+      params, BATCH, ids_BT, valid_BT, config=CONFIG, key=KEY
+    )
+
+  texts = BATCH.text_ids_BT, BATCH.text_valid_BT
+  own = complete(PARAMS, *texts)
+  losses = normal[1]
+  np.testing.assert_allclose(own.error_B.mean(), losses["tg_mim"], rtol=1e-5)
+  other = complete(PARAMS, *(np.roll(a, 1, axis=0) for a in texts))
+  np.testing.assert_array_equal(other.hidden_BJ, own.hidden_BJ)
+  assert np.all(np.abs(other.error_B - own.error_B) > 1e-6)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 
 import numpy as np
 import pytest
 
 from glscl_jax import config as config_lib
-from glscl_jax.data import retrieval_set, tokenizer
-from glscl_jax.export import weights as weights_lib
+from glscl_jax.data import retrieval_set
 from glscl_jax.tasks import captioning, results
 from launch import evaluate as launcher
 from tests import random_pairs, tiny
@@ -22,23 +20,8 @@ def work(tmp_path_factory):
   """An export of a SyCoCa with random weights."""
   root = tmp_path_factory.mktemp("captions")
   data_dir = tiny.write_names(root / "data", "train", "test")
-  vocab_size = tokenizer.load(data_dir / "tokenizer.model").vocab_size
-  config = random_pairs.sycoca(vocab_size=vocab_size, max_length=9)
-  config = dataclasses.replace(
-    config, data=dataclasses.replace(config.data, dir=str(data_dir))
-  )
-  weights_lib.save_export(
-    root / "export",
-    weights_lib.Weights(
-      config=config,
-      params=tiny.params(config),
-      tokenizer_path=data_dir / "tokenizer.model",
-      step=7,
-      metrics={},
-      lineage={"tokenizer_sha256": "t" * 64, "init_from": None},
-    ),
-  )
-  return root / "export"
+  config = tiny.of_system(data_dir, random_pairs.sycoca)
+  return tiny.save(root / "export", config)
 
 
 def run(*arguments):
