@@ -71,6 +71,7 @@ class Journal:
     self._clock = clock
     self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
     self._extra: dict[str, float] = {}
+    self._means = Means()
     self._speed: Speed | None = None
     self._last_line = 0.0
 
@@ -111,7 +112,7 @@ class Journal:
       return
     step, values = self._pending
     self._pending = None
-    numbers = find_measured(
+    numbers = self._means.add(
       {k: float(v) for k, v in jax.device_get(dict(values)).items()}
     )
     self.last = numbers
@@ -121,6 +122,7 @@ class Journal:
     self._show(now, logged)
     if logged or self._extra:
       self._write(now, numbers)
+      self._means.forget()
     if self._extra:
       self._log.info(format_scores(step, self._extra))
       self._extra = {}
@@ -158,15 +160,37 @@ class Journal:
       )
 
 
-def find_measured(numbers: Mapping[str, float]) -> dict[str, float]:
-  """What a step has measured, without what it did not draw.
+class Means:
+  """Scalars that only some steps have, as means over those since a line.
 
-  Scalars of objectives that were not drawn are NaN beside a finite loss.
-  Beside one that is not finite nothing can be told apart, and all stays.
+  A step that draws one of several objectives gives NaN for what the others
+  would log. All other scalars are those of the step. After a start the first
+  line knows the steps of this process alone.
   """
-  if not math.isfinite(numbers["loss"]):
-    return dict(numbers)
-  return {k: v for k, v in numbers.items() if not math.isnan(v)}
+
+  def __init__(self) -> None:
+    self._partial: set[str] = set()  # names some step did not have
+    self._values: dict[str, list[float]] = {}
+
+  def add(self, numbers: Mapping[str, float]) -> dict[str, float]:
+    """What a line says after this step."""
+    if not all(math.isfinite(numbers[name]) for name in ("loss", "grad_norm")):
+      # NaN may stand for what went wrong: all of it stays visible.
+      return dict(numbers)
+    there = {k: v for k, v in numbers.items() if not math.isnan(v)}
+    self._partial |= numbers.keys() - there.keys()
+    for name, value in there.items():
+      self._values.setdefault(name, []).append(value)
+    means = {
+      name: sum(values) / len(values)
+      for name, values in self._values.items()
+      if name in self._partial
+    }
+    return there | means
+
+  def forget(self) -> None:
+    """Called after a line."""
+    self._values = {}
 
 
 class Speed:

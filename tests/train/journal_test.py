@@ -73,10 +73,10 @@ def test_the_summary_of_a_stopped_run_says_how_to_go_on():
   assert text.endswith("the same command continues from there")
 
 
-def lines_of(tmp_path, steps):
-  """What a journal writes of the scalars of some steps, each a line."""
+def lines_of(tmp_path, steps, *, log_every=1):
+  """What a journal writes of the scalars of some steps, and its last word."""
   default = config_lib.Config()
-  train = dataclasses.replace(default.train, log_every=1)
+  train = dataclasses.replace(default.train, log_every=log_every)
   config = dataclasses.replace(default, train=train)
   writer = metrics.MetricWriter(tmp_path, config=config, start_step=0)
   told = journal.Journal(
@@ -90,31 +90,61 @@ def lines_of(tmp_path, steps):
   peak = metrics.Peak(flops=None, source="")
   told._speed = journal.Speed(config, metrics.Clock(), peak, step=0)
   for number, values in enumerate(steps, start=1):
-    arrays = {name: np.float32(v) for name, v in values.items()}
-    told.add(number, arrays | {"num_skipped": np.int32(0)})
+    values = {"grad_norm": 1.0, "num_skipped": 0} | values
+    told.add(number, {name: np.float32(v) for name, v in values.items()})
   told.flush()
   writer.close()
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-  names = {"loss", "amc", "wrc"}
-  return [
+  names = {"loss", "amc", "wrc", "grad_norm"}
+  found = [
     {k: v for k, v in json.loads(line).items() if k in names} for line in lines
-  ], told.last
-
-
-def test_a_line_holds_nothing_of_objectives_that_its_step_did_not_draw(
-  tmp_path,
-):
-  drawn = [
-    {"loss": 3.0, "amc": 3.0, "wrc": math.nan},
-    {"loss": 2.0, "amc": math.nan, "wrc": 2.0},
   ]
-  found, last = lines_of(tmp_path, drawn)
-  assert found == [{"loss": 3.0, "amc": 3.0}, {"loss": 2.0, "wrc": 2.0}]
+  return found, told.last
+
+
+def drawn(name, value):
+  """The scalars of a step that computed one of two objectives."""
+  nothing = {"amc": math.nan, "wrc": math.nan}
+  return {"loss": value} | nothing | {name: value}
+
+
+def test_a_line_holds_nothing_of_objectives_that_no_step_drew(tmp_path):
+  found, last = lines_of(tmp_path, [drawn("amc", 3.0), drawn("wrc", 2.0)])
+  assert found == [
+    {"loss": 3.0, "amc": 3.0, "grad_norm": 1.0},
+    {"loss": 2.0, "wrc": 2.0, "grad_norm": 1.0},
+  ]
   assert "amc" not in last
 
 
-def test_a_loss_that_is_not_finite_stays_visible_with_all_its_parts(tmp_path):
-  found, _ = lines_of(
-    tmp_path, [{"loss": math.nan, "amc": math.nan, "wrc": math.nan}]
-  )
-  assert found == [{"loss": None, "amc": None, "wrc": None}]
+def test_what_some_steps_drew_is_their_mean_since_the_last_line(tmp_path):
+  steps = [
+    drawn("amc", 9.0),  # a line
+    drawn("amc", 4.0),
+    drawn("wrc", 2.0),
+    drawn("amc", 5.0),  # a line
+    drawn("wrc", 1.0),
+    drawn("wrc", 3.0),
+    drawn("wrc", 5.0),
+    drawn("wrc", 7.0),  # a line
+  ]
+  found, last = lines_of(tmp_path, steps, log_every=4)
+  assert found[1:] == [
+    {"loss": 5.0, "amc": 4.5, "wrc": 2.0, "grad_norm": 1.0},
+    {"loss": 7.0, "wrc": 4.0, "grad_norm": 1.0},
+  ]
+  assert last["wrc"] == 4.0
+
+
+def test_what_all_steps_have_is_that_of_the_step(tmp_path):
+  steps = [{"loss": float(n), "amc": 2.0 * n, "wrc": 1.0} for n in range(1, 5)]
+  found, _ = lines_of(tmp_path, steps, log_every=4)
+  assert found[-1] == {"loss": 4.0, "amc": 8.0, "wrc": 1.0, "grad_norm": 1.0}
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_what_is_not_finite_stays_visible(name, tmp_path):
+  bad = drawn("amc", 3.0) | {name: math.nan}
+  found, _ = lines_of(tmp_path, [drawn("wrc", 1.0), bad])
+  expected = {"loss": 3.0, "amc": 3.0, "wrc": None, "grad_norm": 1.0}
+  assert found[1] == expected | {name: None}

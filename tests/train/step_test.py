@@ -9,7 +9,7 @@ from glscl_jax import sharding
 from glscl_jax.config import MeshConfig
 from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib
-from tests import random_pairs
+from tests import random_pairs, random_regions
 
 CONFIG = random_pairs.config(
   objectives=random_pairs.only("itc"),
@@ -180,3 +180,25 @@ def test_each_step_has_its_own_randomness():
 def test_the_state_is_donated(train_step, state, batch):
   train_step(state, batch)
   assert state.params["text"]["word_embedding"].is_deleted()
+
+
+def test_what_a_step_did_not_draw_is_no_reason_to_skip_it(mesh):
+  config = random_regions.config(
+    objectives={"task_mix": "sample"},
+    optimizer={"learning_rate": 0.01, "warmup_fraction": 0.0},
+  )
+  step = step_lib.make_train_step(config, mesh)
+  state = state_lib.make_state(config, mesh)
+  batch = jax.device_put(
+    random_regions.batch(config), sharding.batch_sharding(mesh)
+  )
+  before, drawn = host(state.params), []
+  for _ in range(6):
+    state, metrics = step(state, batch)
+    names = [n for n in random_regions.NAMES if np.isfinite(metrics[n])]
+    assert len(names) == 1 and metrics["num_skipped"] == 0
+    assert metrics["loss"] == metrics[names[0]]
+    drawn += names
+  assert len(set(drawn)) > 1  # the key follows the step
+  assert random_pairs.difference(host(state.params), before) > 0.01
+  assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(state.params))
