@@ -24,6 +24,7 @@ import numpy as np
 from glscl_jax import config as config_lib
 from glscl_jax import errors
 from glscl_jax.data import pipeline, sources
+from glscl_jax.data import regions as regions_lib
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.systems import registry
 from glscl_jax.systems.answers import Slots
@@ -402,8 +403,10 @@ def report(
 
 
 def class_name(source: sources.Source, number: int) -> str:
-  """What a class is called; 0 is the background."""
-  return source.schema.classes[number - 1] if number else "background"
+  """The first name of a class; 0 is the background."""
+  if not number:
+    return "background"
+  return regions_lib.aliases(source.schema.classes[number - 1])[0]
 
 
 def piece_name(tokenizer: tokenizers.Tokenizer, number: int) -> str:
