@@ -688,3 +688,19 @@ def _slots(asked: Asked, logits_BJV: jax.Array) -> Slots:
     ),
     logits_BJV=logits_BJV,
   )
+
+
+def describe_inputs(config: Config) -> dict[str, str]:
+  """Regions and words before they are fused, for the report."""
+  region, text = config.model.region, config.model.text
+  blocks = [
+    f", {depth} blocks of their own" if depth else ""
+    for depth in config.model.unimodal_layers
+  ]
+  return {
+    "Regions": f"at most {region.number} of an image, of "
+    f"{region.feature_width:,} values and a box, {region.num_classes:,} classes"
+    + blocks[0],
+    "Words": f"{text.vocab_size:,} pieces, at most {text.max_length} tokens, "
+    f"width {text.width}{blocks[1]}",
+  }

@@ -62,6 +62,8 @@ class System:
   # text_valid_BT, y_BMD); None: images are not seen patch by patch
   attention_part: str | None  # parameters that cross_attention needs
   describe_fusion: Callable[[Config], str]
+  # By title; None: encoders of images and of texts, by their sizes.
+  describe_inputs: Callable[[Config], dict[str, str]] | None = None
   # Hidden patches: (params, batch, text_ids_BT, text_valid_BT, key=); the
   # objective that trains it; which are hidden.
   complete_patches: Callable[..., Completed] | None = None
@@ -148,6 +150,7 @@ SYSTEMS = {
     answered=cmal.answered,
     cross_attention=None,
     attention_part=None,
+    describe_inputs=cmal.describe_inputs,
     describe_fusion=lambda config: (
       f"one stack over words and regions, depth {config.model.fusion.depth}"
     ),

@@ -376,8 +376,8 @@ def report(
         counts[name] = int(ok_BJ.sum())
         metrics[name] = float(said.right_BJ[ok_BJ].mean())
         # A model that always gives one answer.
-        labels_A = np.unique(said.label_BJ[ok_BJ], return_counts=True)[1]
-        chance[name] = float(labels_A.max() / labels_A.sum())
+        times_V = np.unique(said.label_BJ[ok_BJ], return_counts=True)[1]
+        chance[name] = float(times_V.max() / times_V.sum())
   pairs = [pair for sample in found.pairs or () for pair in sample]
   if pairs:
     counts["pair_accuracy"] = len(pairs)
