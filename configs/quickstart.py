@@ -7,6 +7,8 @@ trains them here, the stand-in for the weights of CLIP, RoBERTa or ImageNet:
   glscl_towers, then glscl with --config.train.init_from=WORKDIR of it
   maskvlm_towers, then maskvlm likewise
   sycoca                from random parameters
+  cmal                  from random parameters, on composed scenes whose regions
+                        glscl_towers has described (prepare.py --source=scenes)
 """
 
 from glscl_jax import config as config_lib
@@ -15,6 +17,9 @@ VOCAB_SIZE = 3365  # as launch/prepare.py prints for the emoji captions
 TOWERS_STEPS = 2000
 SECOND_STEPS = 200  # of GLSCL and MaskVLM, after the towers
 SYCOCA_STEPS = 1200
+CMAL_STEPS = 3000
+SCENE_VOCAB_SIZE = 1518  # as launch/prepare.py prints for the scenes' captions
+SCENE_CLASSES = 1330  # and for their regions
 
 
 def _shrink(config) -> None:
@@ -143,6 +148,33 @@ def _sycoca():
   return config
 
 
+def _cmal():
+  config = config_lib.to_config_dict(config_lib.cmal_defaults())
+  model = config.model
+  region = model.region
+  region.number = 8  # scenes hold at most five
+  region.feature_width = 256  # glscl_towers
+  region.num_classes = SCENE_CLASSES
+  text = model.text
+  text.vocab_size = SCENE_VOCAB_SIZE
+  text.max_length = 24
+  text.num_positions = 32
+  text.width = model.fusion.width = 128
+  text.dropout = model.fusion.dropout = 0.0
+  model.fusion.depth = 2
+  model.remat = "none"
+  model.scan = False
+  config.data.batch_size = 128
+  config.data.num_threads = 1
+  config.data.identity = "caption"
+  optimizer = config.optimizer
+  optimizer.learning_rate = 1e-3
+  optimizer.schedule = "cosine"
+  config.train.log_every = 20
+  config.train.num_steps = CMAL_STEPS
+  return config
+
+
 def _make(stage: str):
   match stage:
     case "glscl_towers" | "glscl":
@@ -151,10 +183,12 @@ def _make(stage: str):
       config = _maskvlm()
     case "sycoca":
       return _sycoca()
+    case "cmal":
+      return _cmal()
     case _:
       raise ValueError(
         f"quickstart.py:{stage}: the stages are glscl_towers, glscl, "
-        "maskvlm_towers, maskvlm, sycoca"
+        "maskvlm_towers, maskvlm, sycoca, cmal"
       )
   if stage.endswith("_towers"):
     _contrast_alone(config)
@@ -164,9 +198,13 @@ def _make(stage: str):
 
 
 def get_config(stage: str = "glscl"):
-  """The recipe of a stage, validated five times (the second stages twice)."""
+  """The recipe of a stage, saved five times (the second stages twice).
+
+  With each save comes a validation; CMAL has no vectors to rank by.
+  """
   config = _make(stage)
   parts = 2 if config.train.num_steps <= SECOND_STEPS else 5
-  config.train.eval_every = config.train.num_steps // parts
-  config.train.save_every = config.train.eval_every
+  config.train.save_every = config.train.num_steps // parts
+  if config.objectives.itc > 0:
+    config.train.eval_every = config.train.save_every
   return config

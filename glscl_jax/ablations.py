@@ -32,6 +32,7 @@ class Suite:
   """A table: rows that share recipe, data, start and number of steps."""
 
   system: str  # and stage of configs/quickstart.py
+  unused: tuple[str, ...] = ()  # objectives of weight 0 in the recipe
   towers: str = ""  # stage whose weights all rows start from
   source: str  # of the paper's values
   paper_column: str  # what they are
@@ -45,9 +46,10 @@ class Suite:
   def has(self, row: Row, objective: str) -> bool:
     """Whether the row trains the objective."""
     path = f"objectives.{objective}"
-    if objective not in SYSTEM_OBJECTIVES[self.system]:
-      return False
-    return path not in row.overrides or row.overrides[path] != 0
+    if path in row.overrides:
+      return row.overrides[path] != 0
+    own = SYSTEM_OBJECTIVES[self.system]
+    return objective in own and objective not in self.unused
 
 
 def _off(*objectives: str) -> dict[str, Value]:
@@ -152,6 +154,35 @@ _SYCOCA = Suite(
   },
 )
 
+_CMAL = Suite(
+  system="cmal",
+  unused=("mlm", "mrc", "mrfr"),
+  source="CMAL, 2410.12595",
+  paper_column="paper",
+  expected=(
+    "AMC and WRC each add to ITM; anchors that name the same do better than "
+    "random pairs"
+  ),
+  rows={
+    "itm": Row(title="ITM", overrides=_off("amc", "wrc")),
+    "uniter": Row(
+      title="ITM + MLM + MRC (UNITER-like)",
+      overrides=_off("amc", "wrc")
+      | {
+        "masking.swap": "none",
+        "objectives.mlm": 1.0,  # equal weights [choice]
+        "objectives.mrc": 1.0,
+      },
+    ),
+    "itm_wrc": Row(title="ITM + WRC", overrides=_off("amc")),
+    "itm_amc": Row(title="ITM + AMC", overrides=_off("wrc")),
+    "random": Row(
+      title="all three, random anchors", overrides={"masking.anchors": "random"}
+    ),
+    "cmal": Row(title="all three (CMAL)"),
+  },
+)
+
 SUITES: Mapping[str, Suite] = MappingProxyType(
-  {"glscl": _GLSCL, "maskvlm": _MASKVLM, "sycoca": _SYCOCA}
+  {"glscl": _GLSCL, "maskvlm": _MASKVLM, "sycoca": _SYCOCA, "cmal": _CMAL}
 )

@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from glscl_jax import config
-from tests import random_pairs, recipes
+from tests import random_pairs, random_regions, recipes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -237,6 +237,14 @@ def test_optional_values_take_none_and_a_value(path):
     ("objectives.completion_temperature", 0.0, "must be positive, is 0.0"),
     ("objectives.text_mgsc_group", 0, "must be positive, is 0"),
     ("objectives.neg_group", 0, "must be positive, is 0"),
+    ("objectives.amc_pair_group", 0, "must be positive, is 0"),
+    ("objectives.amc_pair", -0.5, "must not be negative, is -0.5"),
+    ("masking.max_anchors", 0, "must be positive, is 0"),
+    ("masking.max_pairs", 0, "must be positive, is 0"),
+    ("masking.region_mask_rate", 1.0, "must be in [0, 1), is 1.0"),
+    ("model.region.number", 0, "must be positive, is 0"),
+    ("model.region.feature_width", 0, "must be positive, is 0"),
+    ("model.region.num_classes", 0, "must be positive, is 0"),
     ("objectives.itc_temperature_range", (0.5, 0.1), "0 < low <= high"),
     ("objectives.itc_temperature_range", (0.0, 0.1), "0 < low <= high"),
     ("data.batch_size", 0, "must be positive, is 0"),
@@ -309,7 +317,8 @@ def test_some_objective_must_count():
 
 
 @pytest.mark.parametrize(
-  "name", ["neg_group", "mltc_image_group", "mltc_text_group"]
+  "name",
+  ["neg_group", "mltc_image_group", "mltc_text_group", "amc_pair_group"],
 )
 def test_groups_must_divide_the_batch(name):
   message = error_of(f"objectives.{name}", 24)
@@ -511,6 +520,62 @@ def test_what_sycoca_cannot_run_names_its_path(values, told):
   with pytest.raises(config.ConfigError) as caught:
     config.from_config_dict(replaced(random_pairs.sycoca(), values))
   assert str(caught.value) == f"config.{told}"
+
+
+@pytest.mark.parametrize(
+  ("values", "told"),
+  [
+    (
+      {"model__text__width": 128},
+      "model.text.width: 128, but system 'cmal' needs fusion.width 64",
+    ),
+    (
+      {"model__text__embedding_norm": False},
+      "model.text.embedding_norm: False, but system 'cmal' knows True only",
+    ),
+    (
+      {"model__text__class_state": "mean"},
+      "model.text.class_state: 'mean', but system 'cmal' knows 'token' only",
+    ),
+    (
+      {"model__text__num_positions": 9},
+      "model.text.num_positions: must be at least max_length + 0 = 10",
+    ),
+    (
+      {"objectives__itm_negatives": "dataset"},
+      "objectives.itm_negatives: 'dataset', but system 'cmal' knows 'in_batch'"
+      " only",
+    ),
+    (
+      {"objectives__amc": 0.0, "objectives__amc_pair": 0.5},
+      "objectives.amc_pair: 0.5 is within AMC and needs objectives.amc > 0",
+    ),
+    (
+      {"objectives__itc": 1.0},
+      "objectives.itc: 1, but the objectives of system 'cmal' are amc, wrc,"
+      " itm, mlm, mrc, mrfr; set it to 0",
+    ),
+    (
+      {"model__unimodal_layers": (0, -1)},
+      "model.unimodal_layers: must not be negative, is (0, -1)",
+    ),
+    (
+      {"model__match_features": "product"},
+      "model.match_features: 'product', but system 'cmal' knows pooled",
+    ),
+  ],
+  ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cmal_cannot_run_names_its_path(values, told):
+  with pytest.raises(config.ConfigError) as caught:
+    config.from_config_dict(replaced(random_regions.config(), values))
+  assert str(caught.value) == f"config.{told}"
+
+
+def test_other_systems_compute_all_objectives_in_every_step():
+  assert error_of("objectives.task_mix", "sample") == (
+    "config.objectives.task_mix: 'sample', but system 'glscl' knows 'sum' only"
+  )
 
 
 def test_what_coca_and_clip_do_not_read_may_have_any_value():

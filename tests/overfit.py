@@ -60,7 +60,9 @@ def train(config: Config, batch: Batch) -> Trained:
   texts = {
     name: np.roll(array, 9, axis=0)
     for name, array in vars(batch).items()
-    if name.startswith(("text_", "mlm_", "scl_")) and array is not None
+    if name.startswith(("text_", "mlm_", "scl_", "amc_"))
+    and not name.startswith("amc_region")
+    and array is not None
   }
   shuffled = put(random_pairs.change(batch, **texts))
   batch = put(batch)
@@ -94,7 +96,7 @@ def ranks(score_BB):
 
 
 def scores(config: Config, params, batch: Batch) -> dict[str, np.ndarray]:
-  """Text by image: similarity of vectors, and ITM of all pairs if there is."""
+  """Text by image: similarity of vectors and ITM of all pairs, as there is."""
   system = registry.find(config)
 
   @jax.jit
@@ -103,15 +105,22 @@ def scores(config: Config, params, batch: Batch) -> dict[str, np.ndarray]:
     x_BLD = system.encode_text(
       params, batch.text_ids_BT, valid_BT, config=config
     )
-    y_BID = system.encode_visual(params, system.see(batch), config=config)
-    text_BE = system.text_vectors(params, x_BLD, config=config)
-    image_BE = system.image_vectors(params, y_BID, config=config)
-    found = {"vectors": text_BE @ image_BE.T}
+    visual, found = system.see(batch), {}
+    y_BMD = system.encode_visual(params, visual, config=config)
+    if system.text_vectors is not None:
+      text_BE = system.text_vectors(params, x_BLD, config=config)
+      image_BE = system.image_vectors(params, y_BMD, config=config)
+      found["vectors"] = text_BE @ image_BE.T
     if system.match_scores is None:
       return found
     text, image = np.divmod(np.arange(NUM_PAIRS**2), NUM_PAIRS)
     match = system.match_scores(
-      params, x_BLD[text], valid_BT[text], y_BID[image], config=config
+      params,
+      x_BLD[text],
+      valid_BT[text],
+      y_BMD[image],
+      None if visual.valid is None else visual.valid[image],
+      config=config,
     )
     return found | {"matching": match.reshape(NUM_PAIRS, NUM_PAIRS)}
 

@@ -13,7 +13,7 @@ ARGUMENTS = {
   "maskvlm_base": ("ablation", "albef_like"),
   "scl_base": ("ablation",),
   "sycoca_base": ("ablation", "coca", "clip"),
-  "quickstart": ("glscl_towers", "maskvlm_towers", "maskvlm", "sycoca"),
+  "quickstart": ("glscl_towers", "maskvlm_towers", "maskvlm", "sycoca", "cmal"),
 }
 RECIPES = [
   recipe

@@ -9,7 +9,7 @@ from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.config import MeshConfig
 from glscl_jax.train import optimizer
-from tests import random_pairs
+from tests import random_pairs, random_regions
 
 TABLES = {
   "parameters": sharding.PARAM_RULES,
@@ -34,12 +34,13 @@ def shapes(config):
 
 @pytest.fixture(scope="module")
 def every_part(base):
-  """GLSCL's, those that only some recipes have, MaskVLM's and SyCoCa's."""
+  """GLSCL's, those that only some recipes have, those of other systems."""
   return (
     base
     | shapes(random_pairs.config(**random_pairs.SMALL_DATA))
     | shapes(random_pairs.maskvlm(depth=2))
     | shapes(random_pairs.sycoca(depth=2))
+    | shapes(random_regions.config(*config_lib.SYSTEM_OBJECTIVES["cmal"]))
   )
 
 

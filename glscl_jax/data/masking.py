@@ -265,12 +265,12 @@ def mask_around_anchors(
   max_anchors: int,
   mask_id: int,
   plain_ids_V: np.ndarray,
-  hide_anchors: bool,
+  anchors: Literal["swap", "hide", "show"] = "swap",
 ) -> TextMask:
   """The text of AMC; targets are anchors and what is masked.
 
   Of the tokens that belong to no anchor round_half_up(rate n) are masked as by
-  `mask_tokens`. A text without any target has its first token masked.
+  `mask_tokens`. Where that leaves no target, the first of them is masked.
 
   Args:
     rng: of this sample and this mask.
@@ -283,7 +283,9 @@ def mask_around_anchors(
     max_anchors: static; at least the number of anchors.
     mask_id: what a masked token becomes.
     plain_ids_V: as for `mask_tokens`.
-    hide_anchors: mask the first tokens too; else they stay, to be swapped.
+    anchors: what becomes of their first tokens. swap: they stay, since a
+      region's content takes their place later; hide: they are masked; show:
+      they stay, and neither they nor their rest is masked or a target.
   """
   first_T = np.zeros_like(real_T)
   first_T[anchor_W] = True
@@ -294,15 +296,16 @@ def mask_around_anchors(
   masked_T[chosen_J] = _replacements(
     rng, ids_T[chosen_J], mask_id, plain_ids_V, "801010"
   )
-  masked_T[rest_T] = mask_id
-  if hide_anchors:
-    masked_T[first_T] = mask_id
-  target_T = first_T.copy()
+  target_T = np.zeros_like(real_T)
   target_T[chosen_J] = True
-  target_T[np.flatnonzero(rest_T)[:max_anchors]] = True
-  if real_T.any() and not target_T.any():
-    only = int(np.argmax(real_T))
-    target_T[only], masked_T[only] = True, mask_id
+  if anchors != "show":
+    masked_T[rest_T] = mask_id
+    target_T |= first_T
+    target_T[np.flatnonzero(rest_T)[:max_anchors]] = True
+  if anchors == "hide":
+    masked_T[first_T] = mask_id
+  if len(other_A) and not target_T.any():
+    target_T[other_A[0]], masked_T[other_A[0]] = True, mask_id
   slots = anchor_slots(len(ids_T), rate=rate, max_anchors=max_anchors)
   return _text_mask(ids_T, masked_T, np.flatnonzero(target_T), slots)
 

@@ -88,10 +88,13 @@ def identity(example: sources.Example, kind: str) -> np.ndarray:
 def mask_kinds(config: config_lib.Config) -> frozenset[str]:
   """Which masks active objectives read.
 
-  mlm, scl, keep, token, block, false; of regions anchors, amc, pairs. Those of
-  the versions that the systems encode, which data cannot import.
+  mlm, scl, keep, token, block, false; of CMAL mlm, anchors, amc, regions,
+  pairs. Those of the versions that the systems encode, which data cannot
+  import.
   """
   weight = config.objectives
+  if reads_regions(config):
+    return _region_kinds(config)
   image = weight.mgsc_image > 0 or weight.mltc_image > 0
   text = weight.mgsc_text > 0 or weight.mltc_text > 0
   kinds = set()
@@ -110,22 +113,23 @@ def mask_kinds(config: config_lib.Config) -> frozenset[str]:
     kinds |= {"block"}
   if weight.itm > 0 and weight.itm_negatives == "dataset":
     kinds |= {"false"}
-  if config.system == "cmal":
-    kinds |= _region_kinds(config)
   return frozenset(kinds)
 
 
-def _region_kinds(config: config_lib.Config) -> set[str]:
-  weight, swaps = config.objectives, config.masking.swap != "none"
-  masked = weight.mrc > 0 or weight.mrfr > 0
-  kinds = set()
-  if weight.amc > 0 or (swaps and (weight.mlm > 0 or masked)):
-    kinds |= {"anchors"}
-  if weight.amc > 0 or masked or (swaps and weight.mlm > 0):
-    kinds |= {"amc"}
-  if weight.wrc > 0:
-    kinds |= {"pairs"}
-  return kinds
+def _region_kinds(config: config_lib.Config) -> frozenset[str]:
+  weight, swap = config.objectives, config.masking.swap
+  regions = weight.mrc > 0 or weight.mrfr > 0
+  # Both ask for the anchors where their side is swapped, else for any.
+  swapped_words = weight.mlm > 0 and swap in ("both", "text")
+  swapped_regions = regions and swap in ("both", "image")
+  kinds = {
+    "mlm": weight.mlm > 0 and not swapped_words,
+    "anchors": weight.amc > 0 or swapped_words or swapped_regions,
+    "amc": weight.amc > 0 or swapped_words,
+    "regions": weight.amc > 0 or regions,
+    "pairs": weight.wrc > 0,
+  }
+  return frozenset(name for name, read in kinds.items() if read)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -276,7 +280,9 @@ class RowMaker:
     """What CMAL reads in place of an image, with its anchors and masks."""
     options, number = self.config.masking, self.config.model.region.number
     row = regions_lib.pad(example.regions, number=number)
-    if not self.kinds & {"anchors", "amc", "pairs"}:
+    if "regions" in self.kinds and "anchors" not in self.kinds:
+      row |= self._region_mask(pair_key, np.zeros(0, int), row)
+    if not self.kinds & {"anchors", "pairs"}:
       return row
     found = anchors_lib.find_anchors(
       masking.sample_rng(*pair_key, "anchors"),
@@ -305,8 +311,10 @@ class RowMaker:
         "anchor_region_BA": found.region_A,
         "anchor_ok_BA": found.ok_A,
       }
-    if "amc" in self.kinds:
-      row |= self._amc(pair_key, tokens, found, row["region_valid_BR"])
+      if "amc" in self.kinds:
+        row |= self._amc(pair_key, tokens, found)
+      if "regions" in self.kinds:
+        row |= self._region_mask(pair_key, found.region_A[found.ok_A], row)
     return row
 
   def _amc(
@@ -314,37 +322,44 @@ class RowMaker:
     pair_key: tuple[int, int, int],
     tokens: tokenizer_lib.Tokens,
     found: anchors_lib.Anchors,
-    valid_R: np.ndarray,
   ) -> dict[str, np.ndarray]:
-    """The words and the regions that are hidden around the anchors."""
+    """The text around the anchors."""
     options = self.config.masking
-    # Without anchors in the batch any word and any region may be hidden.
-    anchored_A = found.ok_A & ("anchors" in self.kinds)
-    hide_anchors = options.swap == "none"
+    treat = {"both": "swap", "text": "swap", "image": "show", "none": "hide"}
     text = masking.mask_around_anchors(
       masking.sample_rng(*pair_key, "amc"),
       tokens.ids_T,
       tokens.valid_T & (tokens.word_T >= 0),
-      found.pos_A[anchored_A],
-      found.rest_T & ("anchors" in self.kinds),
+      found.pos_A[found.ok_A],
+      found.rest_T,
       rate=options.mlm_rate,
       max_anchors=options.max_anchors,
       mask_id=self.tokenizer.mask_id,
       plain_ids_V=self.plain_ids_V,
-      hide_anchors=hide_anchors,
-    )
-    regions = masking.mask_regions(
-      masking.sample_rng(*pair_key, "regions"),
-      valid_R,
-      found.region_A[anchored_A],
-      rate=options.region_mask_rate,
-      hide_anchors=hide_anchors,
+      anchors=treat[options.swap],
     )
     return {
       "amc_ids_BT": text.ids_T,
       "amc_pos_BJ": text.pos_J,
       "amc_labels_BJ": text.labels_J,
       "amc_ok_BJ": text.ok_J,
+    }
+
+  def _region_mask(
+    self,
+    pair_key: tuple[int, int, int],
+    anchor_W: np.ndarray,
+    row: Mapping[str, np.ndarray],
+  ) -> dict[str, np.ndarray]:
+    """The regions that are hidden around the anchors' regions."""
+    regions = masking.mask_regions(
+      masking.sample_rng(*pair_key, "regions"),
+      row["region_valid_BR"],
+      anchor_W,
+      rate=self.config.masking.region_mask_rate,
+      hide_anchors=self.config.masking.swap == "none",
+    )
+    return {
       "amc_region_BJ": regions.pos_J,
       "amc_region_ok_BJ": regions.ok_J,
       "hidden_region_BR": regions.hidden_R,

@@ -21,6 +21,8 @@ import numpy as np
 from glscl_jax import config as config_lib
 from glscl_jax import errors
 from glscl_jax.data import masking, sources, transforms
+from glscl_jax.data import regions as regions_lib
+from glscl_jax.types import Visual
 
 CaptionChoice = Literal["first", "all"]
 
@@ -61,9 +63,9 @@ class RetrievalSet:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageBatch:
-  """Consecutive images; rows that are not `ok` are black and count not."""
+  """Consecutive images; rows that are not `ok` are zero and count not."""
 
-  image_BYXC: np.ndarray  # uint8
+  visual: Visual  # pixels, or regions with their validity
   ok_B: np.ndarray  # bool; False for padding and undecodable pictures
   start: int  # index in the set of row 0
   bad: tuple[str, ...]  # "id: reason"
@@ -131,11 +133,13 @@ def image_batches(
   batch_size: int,
   image_size: int,
   num_threads: int = 2,
+  num_regions: int | None = None,
   view: int = 0,
   augment: config_lib.AugmentConfig | None = None,
 ) -> Iterator[ImageBatch]:
   """Decodes every image once, `batch_size` at a time, the last one padded.
 
+  With `num_regions`, the first so many regions of each image stand for it.
   View 0 is the whole image, resized; each other number is a random view of it
   by `augment`, which it needs, the same in every call.
   """
@@ -143,21 +147,41 @@ def image_batches(
   with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
     for start in range(0, total, batch_size):
       rows = range(start, min(start + batch_size, total))
-      image_BYXC = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
-      ok_B = np.zeros(batch_size, bool)
-      bad = []
-      load = functools.partial(
-        _load, retrieval_set, size=image_size, view=view, augment=augment
-      )
-      loaded = pool.map(load, rows)
-      for i, (row, picture) in enumerate(zip(rows, loaded, strict=True)):
-        if isinstance(picture, str):
-          bad.append(f"{retrieval_set.image_names[row]}: {picture}")
-        else:
-          image_BYXC[i], ok_B[i] = picture, True
+      if num_regions is None:
+        load = functools.partial(
+          _load, retrieval_set, size=image_size, view=view, augment=augment
+        )
+        empty = {"image_BYXC": np.zeros((image_size, image_size, 3), np.uint8)}
+      else:
+        load = functools.partial(
+          _load_regions, retrieval_set, number=num_regions
+        )
+        empty = {k: np.zeros_like(a) for k, a in load(start).items()}
+      found, bad = list(pool.map(load, rows)), []
+      for row, item in zip(rows, found, strict=True):
+        if isinstance(item, str):
+          bad.append(f"{retrieval_set.image_names[row]}: {item}")
+      found += ["padding"] * (batch_size - len(found))
+      ok_B = np.array([not isinstance(item, str) for item in found])
+      shown = [empty if isinstance(item, str) else item for item in found]
       yield ImageBatch(
-        image_BYXC=image_BYXC, ok_B=ok_B, start=start, bad=tuple(bad)
+        visual=Visual(
+          **{name: np.stack([item[name] for item in shown]) for name in empty}
+        ),
+        ok_B=ok_B,
+        start=start,
+        bad=tuple(bad),
       )
+
+
+def _load_regions(
+  retrieval_set: RetrievalSet, row: int, *, number: int
+) -> dict[str, np.ndarray]:
+  """The regions that stand for an image, as in Visual."""
+  example = retrieval_set.source[int(retrieval_set.record_U[row])]
+  arrays = regions_lib.pad(example.regions, number=number)
+  names = {field.name for field in dataclasses.fields(Visual)}
+  return {name: a for name, a in arrays.items() if name in names}
 
 
 def _load(
@@ -167,17 +191,23 @@ def _load(
   size: int,
   view: int,
   augment: config_lib.AugmentConfig | None,
-) -> np.ndarray | str:
+) -> dict[str, np.ndarray] | str:
   """The picture, or why there is none."""
   encoded = retrieval_set.source[int(retrieval_set.record_U[row])].image
+  if encoded is None:
+    raise RetrievalSetError(
+      f"split {retrieval_set.split!r}: regions without images, which "
+      "the system cannot read"
+    )
   try:
     image_YXC = transforms.decode(encoded)
   except transforms.BadImage as error:
     return str(error)
   if view == 0:
-    return transforms.resize(image_YXC, size=size)
+    return {"image_BYXC": transforms.resize(image_YXC, size=size)}
   rng = masking.sample_rng(0, 0, row, f"view {view}")
-  return transforms.augment(rng, image_YXC, "", size=size, config=augment)
+  image_YXC = transforms.augment(rng, image_YXC, "", size=size, config=augment)
+  return {"image_BYXC": image_YXC}
 
 
 def keep_images(

@@ -156,11 +156,13 @@ class CMAL(nn.Module):
 
   def word_logits(self, x_BJD: jax.Array) -> jax.Array:
     """(B, J, V) float32, by the table of words."""
-    return self.word_head(x_BJD, self.text.word_VD.T)
+    return self.word_head(x_BJD, products.transpose(self.text.word_VD))
 
   def region_features(self, x_BJD: jax.Array) -> jax.Array:
     """(B, J, P) float32, by the matrix that reads features, transposed."""
-    return self.feature_head(x_BJD, self.region.feature_kernel().T)
+    return self.feature_head(
+      x_BJD, products.transpose(self.region.feature_kernel())
+    )
 
   def match_logits(self, x_BD: jax.Array) -> jax.Array:
     """(B, 2) float32 of fused class states; class 1 = a true pair."""

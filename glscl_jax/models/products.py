@@ -44,12 +44,12 @@ def _dot_forward(x_AD, kernel_DF, dtype):
 
 def _dot_backward(dtype, saved, grad_AF):
   x_AD, kernel_DF = saved
-  grad_x_AD = _dot(grad_AF, _transpose(kernel_DF.astype(dtype)), dtype)
-  grad_kernel_DF = _dot(_transpose(x_AD.astype(dtype)), grad_AF, dtype)
+  grad_x_AD = _dot(grad_AF, transpose(kernel_DF.astype(dtype)), dtype)
+  grad_kernel_DF = _dot(transpose(x_AD.astype(dtype)), grad_AF, dtype)
   return grad_x_AD.astype(x_AD.dtype), grad_kernel_DF.astype(kernel_DF.dtype)
 
 
-def _transpose(x_AD: jax.Array) -> jax.Array:
+def transpose(x_AD: jax.Array) -> jax.Array:
   """x^T; on one CPU device as a row-major copy.
 
   XLA would fold the transpose into the product, and its fast CPU product does

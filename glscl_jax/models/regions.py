@@ -27,7 +27,9 @@ class RegionEmbedding(nn.Module):
       width, config.compute_dtype, kernel_init=normal, out_dtype="float32"
     )
     # float32: eight bits of a coordinate are a place within four pixels.
-    self.box = layers.Dense(width, "float32", kernel_init=normal)
+    self.box = layers.Dense(
+      width, "float32", kernel_init=normal, out_dtype="float32"
+    )
     self.feature_norm = layers.LayerNorm(config.fusion.norm_eps)
     self.box_norm = layers.LayerNorm(config.fusion.norm_eps)
     self.norm = layers.LayerNorm(config.fusion.norm_eps)

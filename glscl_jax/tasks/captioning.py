@@ -102,7 +102,7 @@ def marks_of(tokenizer: tokenizers.Tokenizer) -> Marks:
 
 def caption(
   params: Params,
-  image_BYXC: jax.Array,
+  visual: Visual,
   *,
   config: config_lib.Config,
   marks: Marks,
@@ -110,9 +110,7 @@ def caption(
 ) -> decoding.Captions:
   """The best caption of each image; pure, one program."""
   system = registry.find(config)
-  y_BID = system.encode_visual(
-    params, Visual(image_BYXC=image_BYXC), config=config
-  )
+  y_BID = system.encode_visual(params, visual, config=config)
   ids_B = jnp.full(y_BID.shape[0], marks.start, jnp.int32)
   logits_BV, past = system.begin_captions(
     params, ids_B, y_BID, length=options.max_tokens, config=config
@@ -180,7 +178,7 @@ def write(
     image_size=config.model.vision.image_size,
     num_threads=config.data.num_threads,
   ):
-    found.append(jax.device_get(program(params, batch.image_BYXC)))
+    found.append(jax.device_get(program(params, batch.visual)))
     ok.append(batch.ok_B)
     bad.extend(batch.bad)
     if on_progress:

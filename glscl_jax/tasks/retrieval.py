@@ -33,11 +33,12 @@ import numpy as np
 
 from glscl_jax import config as config_lib
 from glscl_jax import errors, sharding
+from glscl_jax.data import pipeline
 from glscl_jax.data import retrieval_set as retrieval_sets
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.systems import registry
 from glscl_jax.tasks import conse, querybank, ranking
-from glscl_jax.types import Params, Visual
+from glscl_jax.types import Params
 
 Rerank = Literal[
   "none", "querybank", "querybank_conse", "itm", "itm_plus_itc", "full"
@@ -128,6 +129,7 @@ class Encodings:
   text_ZE: np.ndarray  # float32, unit
   image_row_U: np.ndarray  # row of `image_tokens`
   image_tokens: jax.Array | None  # (A, I, D), padding rows included
+  image_valid: jax.Array | None  # (A, I); None: all are
   text_tokens: jax.Array | None  # (A, T, D), row = caption
   text_valid: jax.Array | None  # (A, T)
   caption_counts: Mapping[str, int]  # how many lost something; _count_losses
@@ -195,10 +197,8 @@ def _make_programs(
     return project(params, states_BLD, config=config)
 
   # Without re-ranking no token state leaves the devices.
-  def encode_images(params, image_BYXC, *, keep):
-    y_BID = system.encode_visual(
-      params, Visual(image_BYXC=image_BYXC), config=config
-    )
+  def encode_images(params, visual, *, keep):
+    y_BID = system.encode_visual(params, visual, config=config)
     image_BE = vectors(system.image_vectors, params, y_BID)
     return y_BID if keep else None, image_BE
 
@@ -209,13 +209,14 @@ def _make_programs(
     text_BE = vectors(system.text_vectors, params, x_BLD)
     return x_BLD if keep else None, text_BE
 
-  def match(params, x_ZTD, valid_ZT, y_UID, text_row_B, image_row_B):
+  def take(states, rows_B):
+    return jax.tree.map(lambda leaf: leaf[rows_B], states)
+
+  def match(params, texts, images, text_row_B, image_row_B):
+    x_BTD, valid_BT = take(texts, text_row_B)
+    y_BID, valid_BI = take(images, image_row_B)
     return system.match_scores(
-      params,
-      x_ZTD[text_row_B],
-      valid_ZT[text_row_B],
-      y_UID[image_row_B],
-      config=config,
+      params, x_BTD, valid_BT, y_BID, valid_BI, config=config
     )
 
   compiled = functools.partial(jax.jit, static_argnames="keep")
@@ -286,14 +287,14 @@ def encode(
     "keep_tokens": keep_tokens,
     "tell": on_progress or (lambda *_: None),
   }
-  image_tokens, image_AE, ok_A, bad = _encode_images(
+  image_tokens, image_valid, image_AE, ok_A, bad = _encode_images(
     params, retrieval_set, programs, config, **settings
   )
   for view in range(1, views):
     again = settings | {"keep_tokens": False}
     image_AE += _encode_images(
       params, retrieval_set, programs, config, view=view, **again
-    )[1]
+    )[2]
   if views > 1:
     image_AE = conse.unit(image_AE)
   kept = retrieval_sets.keep_images(retrieval_set, ok_A, bad)
@@ -311,6 +312,11 @@ def encode(
     text_ZE=text_ZE,
     image_row_U=np.flatnonzero(ok_A),
     image_tokens=jnp.concatenate(image_tokens) if keep_tokens else None,
+    image_valid=(
+      None
+      if image_valid is None or not keep_tokens
+      else programs.replicate(image_valid)
+    ),
     text_tokens=jnp.concatenate(text_tokens) if keep_tokens else None,
     text_valid=programs.replicate(valid) if keep_tokens else None,
     caption_counts=caption_counts,
@@ -328,23 +334,32 @@ def _encode_images(
   keep_tokens: bool,
   tell: OnProgress,
   view: int = 0,
-) -> tuple[list[jax.Array], np.ndarray, np.ndarray, tuple[str, ...]]:
-  """Token batches, (A, E) vectors, (A,) decodable, and the bad ones."""
+) -> tuple[
+  list[jax.Array],
+  np.ndarray | None,
+  np.ndarray,
+  np.ndarray,
+  tuple[str, ...],
+]:
+  """Token batches, their validity, (A, E) vectors, (A,) ok, the bad ones."""
   stage = f"view {view}" if view else "images"
-  tokens, vectors, ok, bad = [], [], [], []
+  tokens, valid, vectors, ok, bad = [], [], [], [], []
   total = retrieval_set.num_images
   for batch in retrieval_sets.image_batches(
     retrieval_set,
     batch_size=batch_size,
     image_size=config.model.vision.image_size,
     num_threads=config.data.num_threads,
+    num_regions=(
+      config.model.region.number if pipeline.reads_regions(config) else None
+    ),
     view=view,
     augment=view_augment(config),
   ):
-    y, vector = programs.encode_images(
-      params, programs.place(batch.image_BYXC), keep=keep_tokens
-    )
+    visual = jax.tree.map(programs.place, batch.visual)
+    y, vector = programs.encode_images(params, visual, keep=keep_tokens)
     tokens.append(y)
+    valid.append(batch.visual.valid)
     vectors.append(vector)
     # The host decodes the next batch while this one is computed.
     vectors[-2:-1] = [np.asarray(done, np.float32) for done in vectors[-2:-1]]
@@ -353,6 +368,7 @@ def _encode_images(
     tell(stage, min(batch.start + batch_size, total), total)
   return (
     tokens,
+    None if valid[0] is None else np.concatenate(valid),
     np.concatenate([np.asarray(v, np.float32) for v in vectors])[:total],
     np.concatenate(ok)[:total],
     tuple(bad),
@@ -646,9 +662,8 @@ def _score_pairs(
     rows = slice(start, start + batch_size)
     score = programs.match(
       params,
-      encodings.text_tokens,
-      encodings.text_valid,
-      encodings.image_tokens,
+      (encodings.text_tokens, encodings.text_valid),
+      (encodings.image_tokens, encodings.image_valid),
       programs.place(text_row[rows].astype(np.int32)),
       programs.place(image_row[rows].astype(np.int32)),
     )

@@ -365,3 +365,28 @@ def test_the_hash_seed_of_python_changes_nothing(tmp_path):
     for seed in ("1", "2")
   }
   assert len(printed) == 1 and "True" in printed.pop()
+
+
+def test_a_tokenizer_that_writes_every_text_has_anchors_too(tmp_path):
+  model = tokenizers.Tokenizer(tokenizers.models.BPE())
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=True
+  )
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=280,
+    special_tokens=["<s>", "<pad>", "</s>", "<mask>"],
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  model.train_from_iterator(["a dog", "a red dog"], trainer)
+  model.save(str(tmp_path / "tokenizer.json"))
+  loaded = tokenizer.load(tmp_path / "tokenizer.json")
+  assert loaded.unknown_id is None
+  for rules in ({}, {"source": "random"}, {"match": "piece"}):
+    found = find(loaded, "The zebra, a Dog", [1], listed=("zebra",), **rules)
+    assert found.ok_A.sum() == ("match" not in rules)
+  found = find(loaded, "The zebra, a Dog", [1, 2], listed=("zebra", "dog"))
+  ids = loaded.encode("The zebra, a Dog", 24).ids_T
+  # A token of a space alone is not what names the region.
+  slots = [slot for slot, _ in pairs_of(found)]
+  assert loaded.pieces(ids[slots]) == ["z", "D"]

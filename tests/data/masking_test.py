@@ -355,15 +355,15 @@ def test_masks_do_not_depend_on_the_hash_seed():
 # Around anchors.
 
 
-def mask_amc(ids_T, real_T, anchors=(), rest=(), *, seed=0, **options):
+def mask_amc(ids_T, real_T, words=(), rest=(), *, seed=0, **options):
   rest_T = np.zeros(len(ids_T), bool)
   rest_T[list(rest)] = True
-  defaults = {"rate": 0.15, "max_anchors": 4, "hide_anchors": False}
+  defaults = {"rate": 0.15, "max_anchors": 4}
   return masking.mask_around_anchors(
     np.random.default_rng(seed),
     ids_T,
     real_T,
-    np.array(anchors, np.int32),
+    np.array(words, np.int32),
     rest_T,
     mask_id=MASK,
     plain_ids_V=PLAIN,
@@ -426,9 +426,23 @@ def test_a_text_without_a_target_has_its_first_token_masked(num_real, targets):
 
 def test_anchors_are_masked_where_nothing_is_swapped():
   ids_T, real_T = make_text(20)
-  found = mask_amc(ids_T, real_T, (3, 7), hide_anchors=True)
+  found = mask_amc(ids_T, real_T, (3, 7), anchors="hide")
   assert (found.ids_T[[3, 7]] == MASK).all()
   assert {3, 7} <= set(found.pos_J[found.ok_J].tolist())
+
+
+def test_anchors_that_are_shown_are_neither_masked_nor_asked():
+  ids_T, real_T = make_text(20)
+  for seed in range(20):
+    found = mask_amc(ids_T, real_T, (3, 7), (8,), seed=seed, anchors="show")
+    targets = found.pos_J[found.ok_J].tolist()
+    assert len(targets) == 3 and not {3, 7, 8} & set(targets)
+    assert np.array_equal(found.ids_T[[3, 7, 8]], ids_T[[3, 7, 8]])
+  # One other word is a target; without other words nothing is.
+  short = make_text(3)
+  found = mask_amc(*short, (1,), (2,), anchors="show")
+  assert found.pos_J[found.ok_J].tolist() == [3]
+  assert not mask_amc(*short, (1,), (2, 3), anchors="show").ok_J.any()
 
 
 def test_the_slots_around_anchors_hold_the_longest_text():

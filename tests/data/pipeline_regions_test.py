@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from glscl_jax import config as config_lib
+from glscl_jax import types
 from glscl_jax.data import pairs, pipeline, regions, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
+from glscl_jax.systems import registry
 from tests.data import tiny_regions
 
 NUM_RECORDS = 12
 NUMBER = 6  # slots of an image
 CAPTIONS = ("a dog with two red apples", "person, dog", "the knife , the knife")
+
+
+ALWAYS = {
+  "identity_BM",
+  "text_ids_BT",
+  "text_valid_BT",
+  "region_BRP",
+  "box_BR7",
+  "region_valid_BR",
+  "region_class_BR",
+}
+ANCHORS = ("anchor_pos_BA", "anchor_region_BA", "anchor_ok_BA")
+WORDS = ("amc_ids_BT", "amc_pos_BJ", "amc_labels_BJ", "amc_ok_BJ")
+HIDDEN = ("hidden_region_BR", "amc_region_BJ", "amc_region_ok_BJ")
+PAIRS = ("pair_pos_BA", "pair_region_BA", "pair_ok_BA")
+MLM = ("mlm_ids_BT", "mlm_pos_BJ", "mlm_labels_BJ", "mlm_ok_BJ")
 
 
 def make_record(number):
@@ -187,26 +207,56 @@ def test_the_rest_of_a_phrase_is_masked(config, tokenizer):
 
 
 @pytest.mark.parametrize(
-  ("objective", "swap", "prefixes"),
+  ("objective", "swap", "names"),
   [
-    ("amc", "both", {"anchor", "amc", "hidden"}),
-    ("wrc", "both", {"pair"}),
+    ("amc", "both", {*ANCHORS, *WORDS, *HIDDEN}),
+    ("amc", "none", {*ANCHORS, *WORDS, *HIDDEN}),
+    ("wrc", "both", PAIRS),
     ("itm", "both", set()),
-    ("mlm", "none", {"mlm"}),
-    ("mlm", "both", {"mlm", "anchor", "amc", "hidden"}),
-    ("mrc", "none", {"amc", "hidden"}),
-    ("mrc", "both", {"anchor", "amc", "hidden"}),
-    ("mrfr", "image", {"anchor", "amc", "hidden"}),
+    ("mlm", "none", MLM),
+    ("mlm", "image", MLM),
+    ("mlm", "text", {*ANCHORS, *WORDS}),
+    ("mlm", "both", {*ANCHORS, *WORDS}),
+    ("mrc", "none", HIDDEN),
+    ("mrc", "text", HIDDEN),
+    ("mrc", "both", {*ANCHORS, *HIDDEN}),
+    ("mrfr", "image", {*ANCHORS, *HIDDEN}),
   ],
 )
 def test_a_batch_holds_the_masks_that_objectives_read(
-  config, tokenizer, objective, swap, prefixes
+  config, tokenizer, objective, swap, names
 ):
   config = change(config, "masking", swap=swap)
   config = with_objectives(config, **{objective: 1.0})
   (batch,) = take(config, tokenizer)
-  always = {"region", "box", "text", "identity"}
-  assert {name.split("_")[0] for name in batch} == always | prefixes
+  assert batch.keys() == ALWAYS | set(names)
+
+
+@pytest.mark.parametrize("swap", ["both", "text", "image", "none"])
+def test_the_system_finds_in_a_batch_what_it_reads(config, tokenizer, swap):
+  model = dataclasses.replace(
+    config.model,
+    text=dataclasses.replace(config.model.text, width=64),
+    fusion=dataclasses.replace(config.model.fusion, width=64, depth=1),
+  )
+  config = change(
+    dataclasses.replace(config, model=model), "masking", swap=swap
+  )
+  system = registry.find(config)
+  for name in config_lib.SYSTEM_OBJECTIVES["cmal"]:
+    alone = with_objectives(config, **{name: 1.0})
+    params = jax.eval_shape(
+      lambda alone=alone: system.init(alone, jax.random.key(0))
+    )
+    (rows,) = take(alone, tokenizer)
+    output = jax.eval_shape(
+      functools.partial(
+        system.loss, config=alone, key=jax.random.key(0), step=0
+      ),
+      params,
+      types.Batch(**rows),
+    )
+    assert output.loss.shape == ()
 
 
 def test_without_anchors_any_region_and_any_word_may_be_hidden(

@@ -5,6 +5,7 @@ import pytest
 
 from glscl_jax.data import pairs, retrieval_set, transforms
 from tests import tiny
+from tests.data import tiny_regions
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +86,11 @@ def test_each_image_is_decoded_once_in_batches_of_one_size(
   )
   batches = load(found, batch_size)
   assert len(decoded) == len(set(decoded)) == found.num_images == 4
-  assert {batch.image_BYXC.shape for batch in batches} == {
+  assert {batch.visual.image_BYXC.shape for batch in batches} == {
     (batch_size, 16, 16, 3)
   }
   assert sum(batch.ok_B.sum() for batch in batches) == 3
-  images = np.concatenate([batch.image_BYXC for batch in batches])
+  images = np.concatenate([batch.visual.image_BYXC for batch in batches])
   for i, record in enumerate(found.record_U):
     if found.image_names[i] != "test-4":
       expected = transforms.resize(decode(found.source[record].image), size=16)
@@ -101,7 +102,7 @@ def test_an_undecodable_image_is_masked_named_and_left_out(data_dir):
   (batch,) = load(found, 4)
   row = found.image_names.index("test-4")
   assert not batch.ok_B[row] and batch.ok_B.sum() == 3
-  assert not batch.image_BYXC[row].any()
+  assert not batch.visual.image_BYXC[row].any()
   (reason,) = batch.bad
   assert reason.startswith("test-4: ")
   kept = retrieval_set.keep_images(found, batch.ok_B, batch.bad)
@@ -125,3 +126,13 @@ def test_an_unknown_split_names_those_there(data_dir):
 def test_an_unknown_caption_choice_is_refused(data_dir):
   with pytest.raises(retrieval_set.RetrievalSetError, match="captions='some'"):
     retrieval_set.read(data_dir, "test", captions="some")
+
+
+def test_regions_without_images_are_said(tmp_path):
+  records = [tiny_regions.make_record(number) for number in range(2)]
+  made = tiny_regions.write(tmp_path / "r", records)
+  found = retrieval_set.read(made, "train")
+  with pytest.raises(
+    retrieval_set.RetrievalSetError, match="'train': regions without images"
+  ):
+    load(found, 2)

@@ -3,12 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glscl_jax.models import heads, products
+from glscl_jax.models import heads, layers, products
 from tests import random_pairs
 
 
-def init(module, x):
-  return jax.jit(module.init)(jax.random.key(0), x)["params"]
+def init(module, *inputs):
+  return jax.jit(module.init)(jax.random.key(0), *inputs)["params"]
 
 
 def test_projection_starts_with_the_framework_default_spread():
@@ -101,6 +101,27 @@ def test_results_are_never_rounded_to_the_type_of_products(
   assert (result.shape, result.dtype) == (out_shape, jnp.float32)
   short = result.astype(jnp.bfloat16).astype(jnp.float32)
   assert not np.array_equal(result, short)
+
+
+def test_a_tied_head_reads_with_a_matrix_of_others():
+  rng = np.random.default_rng(0)
+  x_BJD = rng.standard_normal((2, 5, 64)).astype(np.float32)
+  kernel_DF = rng.standard_normal((64, 9)).astype(np.float32)
+  module = heads.TiedHead(9, "float32", 0.02)
+  params = init(module, x_BJD, kernel_DF)
+  assert jax.tree.map(jnp.shape, params) == {
+    "fc1": {"kernel": (64, 64), "bias": (64,)},
+    "norm": {"scale": (64,), "bias": (64,)},
+    "bias": (9,),
+  }
+  params = params | {"bias": np.arange(9, dtype=np.float32)}
+  h = np.asarray(layers.gelu(x_BJD @ params["fc1"]["kernel"]))
+  h = (h - h.mean(-1, keepdims=True)) / h.std(-1, keepdims=True)
+  np.testing.assert_allclose(
+    module.apply({"params": params}, x_BJD, kernel_DF),
+    h @ kernel_DF + np.arange(9),
+    atol=2e-3,
+  )
 
 
 def test_the_vocabulary_head_has_its_own_table():

@@ -55,6 +55,16 @@ def test_exactly_half_of_each_group_is_labelled_true(group, key):
   np.testing.assert_array_equal(ones, [group // 2] * 4)
 
 
+@pytest.mark.parametrize("group", [1, 2, 3, 5])
+def test_false_pairs_are_found_among_labels_rounded_up(group, key):
+  labels = matching.half_labels(key, 4 * group, group, round_up=True)
+  rows = np.asarray(matching.false_rows(labels, group)).reshape(4, -1)
+  assert rows.shape[1] == group // 2
+  for own, false in zip(np.asarray(labels).reshape(4, -1), rows, strict=True):
+    assert own.sum() == (group + 1) // 2
+    np.testing.assert_array_equal(np.flatnonzero(own == 0), np.sort(false))
+
+
 def test_true_labels_fall_on_every_place_alike(key):
   labels = np.asarray(half_labels(key, 4 * 3000, 4)).reshape(-1, 4)
   _, p = scipy.stats.chisquare(labels.sum(axis=0))
@@ -241,6 +251,17 @@ def test_similarities_are_cosines_of_texts_with_the_images_of_their_group():
     np.testing.assert_allclose(
       found[group], unit[0][rows] @ unit[1][rows].T, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("index", [[], [2, 0], [2, 0, 1, 1, 0, 0, 2, 2]])
+def test_any_number_of_items_is_taken_of_each_group(index):
+  items = np.arange(12, dtype=np.float32).reshape(6, 2)
+  found = matching.take_from_group(
+    jnp.asarray(items), jnp.asarray(index, jnp.int32), 3
+  )
+  half = len(index) // 2
+  rows = [i + 3 * (n >= half) for n, i in enumerate(index)]
+  np.testing.assert_array_equal(found, items[rows])
 
 
 def test_items_of_any_rank_are_taken():

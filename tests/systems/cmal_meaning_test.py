@@ -14,6 +14,7 @@ import pytest
 from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.models.cmal import CMAL
+from glscl_jax.objectives import matching
 from glscl_jax.systems import cmal, registry
 from glscl_jax.train import optimizer
 from tests import random_pairs, random_regions
@@ -606,7 +607,7 @@ def test_evaluation_scores_what_training_judges():
   alone = change(identity_BM=np.zeros_like)
   loss = random_pairs.loss_function(config)(params, alone, KEY)
   keep = jax.jit(
-    lambda key: cmal.matching.half_labels(key, SIZE, SIZE, round_up=True)
+    lambda key: matching.half_labels(key, SIZE, SIZE, round_up=True)
   )
   label_key = jax.random.split(jax.random.split(KEY, 3)[1])[0]
   own = np.asarray(keep(label_key)) == 1

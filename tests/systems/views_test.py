@@ -204,6 +204,18 @@ def test_joined_rows_stay_with_their_sample_and_come_back():
     np.testing.assert_array_equal(item, back)
 
 
+def test_groups_of_different_length_are_joined_part_by_part():
+  items = [np.arange(2 * n).reshape(n, 2) + 100 * n for n in (4, 2, 0, 6)]
+  joined = views.join_groups(items, 2)
+  assert joined.shape == (12, 2)
+  # The first half of all items is the first half.
+  halves = [item[: len(item) // 2] for item in items]
+  np.testing.assert_array_equal(joined[:6], np.concatenate(halves))
+  parts = views.split_groups(joined, 2, [4, 2, 0, 6])
+  for item, back in zip(items, parts, strict=True):
+    np.testing.assert_array_equal(item, back)
+
+
 def test_items_of_equal_shape_share_one_call():
   shapes = []
 

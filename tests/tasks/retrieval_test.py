@@ -10,7 +10,7 @@ import pytest
 from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.data import retrieval_set, tokenizer
-from glscl_jax.systems import glscl, inputs
+from glscl_jax.systems import glscl
 from glscl_jax.tasks import ranking, results, retrieval
 from tests import random_pairs, tiny
 
@@ -139,9 +139,7 @@ def test_cosines_are_those_of_the_model_one_by_one(model, encodings):
     x_BTD = glscl.encode_text(
       model.params, tokens.ids_T[None], tokens.valid_T[None], config=config
     )
-    y_BID = glscl.encode_visual(
-      model.params, inputs.see_images(batch), config=config
-    )
+    y_BID = glscl.encode_visual(model.params, batch.visual, config=config)
     text = glscl.text_vectors(model.params, x_BTD, config=config)
     image = glscl.image_vectors(model.params, y_BID, config=config)
     expected = float((text * image).sum())
@@ -288,7 +286,7 @@ def test_views_count_as_their_mean_vector(model, encodings):
       augment=retrieval.view_augment(model.config),
     ):
       y_BID = glscl.encode_visual(
-        model.params, inputs.see_images(batch), config=model.config
+        model.params, batch.visual, config=model.config
       )
       expected += glscl.image_vectors(model.params, y_BID, config=model.config)
   expected /= np.linalg.norm(expected, axis=1, keepdims=True)

@@ -24,6 +24,7 @@ DISTINCT = [
   for recipe in recipes.RECIPES
   if recipes.golden_name(recipe)
   in (
+    "cmal_base",
     "glscl_base",
     "maskvlm_base",
     "quickstart",

@@ -52,6 +52,15 @@ KINDS = {
   "image_positions/value": (5, True, True),
   "caption_head/norm/scale": (5, False, False),
   "caption_head/fc/kernel": (5, True, True),
+  "region/mask_feature/value": (1, True, True),
+  "region/box_norm/scale": (1, False, False),
+  "region/feature/kernel": (1, True, True),
+  "encoder/layers/attention/key/kernel": (1, True, True),
+  "encoder/layers/norm2/scale": (1, False, False),
+  "pooler/kernel": (5, True, True),
+  "word_head/norm/scale": (5, False, False),
+  "word_head/bias": (5, False, False),
+  "region_head/fc2/kernel": (5, True, True),
 }
 
 

@@ -1,0 +1,106 @@
+"""32 pairs: a guess at first, then learned by heart; what captions are for."""
+
+import math
+
+import numpy as np
+import pytest
+
+from glscl_jax import config as config_lib
+from glscl_jax.types import Batch
+from tests import overfit, random_regions
+
+CONFIG = random_regions.config(
+  depth=3,
+  batch_size=overfit.NUM_PAIRS,
+  max_length=5,
+  region=config_lib.RegionConfig(number=3, feature_width=16, num_classes=20),
+  num_steps=400,
+  # In 64 dimensions the cosines of random vectors are no small ones.
+  itc_temperature=0.3,
+  scan=False,
+  objectives={
+    "amc": 3.0,
+    "wrc": 2.0,
+    "itm": 3.0,
+    "neg_group": overfit.NUM_PAIRS,
+    "itc_temperature_range": (0.02, 0.5),
+  },
+  masking={"max_anchors": 2, "max_pairs": 3},
+  optimizer={
+    "learning_rate": 2e-3,
+    "fusion_multiplier": 1.0,
+    "head_multiplier": 1.0,
+    "clip_norm": 5.0,
+  },
+)
+LOSSES = ("amc", "wrc", "itm")
+
+
+@pytest.fixture(scope="module")
+def batch():
+  """Words 10 .. 17 and 20 .. 23 name the classes 1 .. 8 and 9 .. 12.
+
+  Each pair of them is there once, beside a word and a region without a name.
+  A feature is that of its class, and a little of its own.
+  """
+  rng = np.random.default_rng(0)
+  features = rng.standard_normal((21, 16))
+  rows = []
+  for index in range(overfit.NUM_PAIRS):
+    first, second = index % 8, index // 8
+    classes = np.array([1 + first, 9 + second, 13 + first])
+    order = rng.permutation(3)
+    rows.append(
+      random_regions.sample(
+        CONFIG,
+        rng,
+        words=np.array([10 + first, 20 + second, 30 + first]),
+        features=features[classes[order]] + 0.1 * rng.standard_normal((3, 16)),
+        classes=classes[order],
+        anchors=[(word, int(np.argmax(order == word))) for word in (0, 1)],
+        index=index,
+      )
+    )
+  columns = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+  # Of the pairs of WRC those alone that name the same.
+  columns["pair_ok_BA"][:, 2] = False
+  return Batch(**columns)
+
+
+@pytest.fixture(scope="module")
+def trained(batch):
+  return overfit.train(CONFIG, batch)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_falls_below_a_tenth(name, trained):
+  # The two pairs of a sample share one softmax: WRC can fall to log 2.
+  least = math.log(2) if name == "wrc" else 0.0
+  first, last = trained.first[name] - least, trained.last[name] - least
+  assert last < 0.1 * first
+
+
+def test_the_loss_is_the_mean_of_the_objectives_by_weight(trained):
+  for metrics in (trained.first, trained.last):
+    amc, wrc, itm = (metrics[name] for name in LOSSES)
+    expected = (3 * amc + 2 * wrc + 3 * itm) / 8
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["anchors_per_sample"] == 2
+
+
+def test_anchors_and_ordinary_masks_are_counted_apart(trained):
+  for kind in ("word_anchor", "word_masked", "region_anchor", "region_hidden"):
+    assert trained.first[f"amc_{kind}_accuracy"] < 0.5
+    assert trained.last[f"amc_{kind}_accuracy"] > 0.95
+
+
+def test_wrong_captions_are_worse(trained):
+  assert trained.shuffled["amc"] > 10 * trained.last["amc"]
+  assert trained.shuffled["itm"] > 10 * trained.last["itm"]
+
+
+def test_matching_ranks_the_own_partner_first_both_ways(trained, batch):
+  scores = overfit.scores(CONFIG, trained.params, batch)
+  assert set(scores) == {"matching"}
+  for rank in overfit.ranks(scores["matching"]):
+    np.testing.assert_array_equal(rank, 0)
