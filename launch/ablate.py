@@ -153,40 +153,35 @@ def plan(
       after = f"{suite.towers}-seed{seed}" if suite.towers else ""
       if after:
         more.append(f"--config.train.init_from={workdir / TOWERS / after}")
-      measure = [
-        (
-          sys.executable,
-          str(ROOT / "launch/evaluate.py"),
-          f"--workdir={into}",
-          f"--splits={','.join(suite.splits)}",
-          "--step=latest",
-          *options,
-        )
-        for options in _protocols(suite, row, limit)
-      ]
+      reranks = _reranks(suite, row)
+      measure = (
+        sys.executable,
+        str(ROOT / "launch/evaluate.py"),
+        f"--workdir={into}",
+        f"--splits={','.join(suite.splits)}",
+        "--step=latest",
+        f"--rerank={','.join(reranks)}",
+        f"--limit={limit}",
+        "--pair_batch_size=1024",
+      )
       jobs.append(
         Job(
           name=f"{name}-seed{seed}",
           workdir=into,
-          commands=(train(suite.system, seed, into, *more), *measure),
+          commands=(
+            train(suite.system, seed, into, *more),
+            *((measure,) if reranks else ()),
+          ),
           after=after,
         )
       )
   return jobs
 
 
-def _protocols(
-  suite: ablations.Suite, row: ablations.Row, limit: int
-) -> list[tuple[str, ...]]:
-  """Options of launch/evaluate.py for what the row's model can be asked."""
-  found: list[tuple[str, ...]] = []
-  if suite.has(row, "itc"):
-    found.append(("--rerank=none",))
-  if suite.has(row, "itm"):
-    found.append(
-      ("--rerank=full", f"--limit={limit}", "--pair_batch_size=1024")
-    )
-  return found
+def _reranks(suite: ablations.Suite, row: ablations.Row) -> list[str]:
+  """What the row's model can be asked to order by: cosines, all its pairs."""
+  orders = {"itc": "none", "itm": "full"}
+  return [order for name, order in orders.items() if suite.has(row, name)]
 
 
 def is_done(job: Job) -> bool:

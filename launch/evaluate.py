@@ -13,6 +13,7 @@ docs/evaluation.md. Exit code 0: done. 2: `error: ...` says what to change.
 from __future__ import annotations
 
 import functools
+import itertools
 import pathlib
 import sys
 import time
@@ -117,7 +118,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   flags.DEFINE_integer(
     "limit",
     0,
-    "Only the first images of a split, so many; 0: all. full scores all pairs.",
+    "full: only among the first images of a split, so many; 0: all.",
     lower_bound=0,
     flag_values=values,
   )
@@ -359,11 +360,9 @@ def evaluate(
 ) -> None:
   """Measures all splits by all protocols; writes after each.
 
-  The protocols share captions and views: a split is encoded once.
+  The protocols share captions and views: a split is encoded once a limit.
   """
-  ((captions, views, limit),) = {
-    (p.captions, p.views, p.limit) for p in protocols
-  }
+  ((captions, views),) = {(p.captions, p.views) for p in protocols}
   for protocol in protocols:
     retrieval.check_protocol(model.config, protocol)
   text_tokenizer = tokenizer.load(model.tokenizer_path)
@@ -397,16 +396,19 @@ def evaluate(
     )
     for split in banks
   }
-  for number, split in enumerate(splits, 1):
-    progress = Progress(f"[{number}/{len(splits)}] {split}")
+  limits = dict.fromkeys(p.limit for p in protocols)
+  parts = list(itertools.product(splits, limits))
+  for number, (split, limit) in enumerate(parts, 1):
+    own = [p for p in protocols if p.limit == limit]
+    progress = Progress(f"[{number}/{len(parts)}] {split}")
     encodings = encode(
       retrieval_set.read(data_dir, split, captions=captions, limit=limit),
-      keep_tokens=any(p.fuses for p in protocols),
+      keep_tokens=any(p.fuses for p in own),
       views=views,
       on_progress=progress,
     )
     fused: dict[int | None, retrieval.Fused] = {}
-    for protocol in protocols:
+    for protocol in own:
       count = protocol.candidates
       if protocol.fuses and count not in fused:
         fused[count] = retrieval.fuse(
@@ -478,7 +480,7 @@ def _retrieve(
       itc_weight=values.itc_weight,
       captions=values.captions,
       views=values.views,
-      limit=values.limit,
+      limit=values.limit if rerank == "full" else 0,
     )
     for rerank in values.rerank
   ]
