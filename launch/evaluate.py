@@ -51,6 +51,7 @@ OWN_FLAGS = {
     "rerank_k",
     "itc_weight",
     "captions",
+    "limit",
     "pair_batch_size",
   ),
 }
