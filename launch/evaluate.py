@@ -54,6 +54,7 @@ OWN_FLAGS = {
     "rerank_k",
     "itc_weight",
     "captions",
+    "limit",
     "pair_batch_size",
   ),
 }

@@ -625,6 +625,11 @@ def _compare_errors(found: reconstruction.Completions, title: str) -> str:
   """The numbers behind the pictures, with standard errors."""
   own_A, other_A = found.error_A, found.other_error_A
   count, gain_A = len(own_A), other_A - own_A
+  if not gain_A.any():
+    return (
+      f"{title} over {count:,} drawings: {own_A.mean():.4f}, whatever the "
+      "caption; it is not read."
+    )
   share = float(np.mean(gain_A > 0))
   error = float(np.std(gain_A)) / count**0.5
   return (
@@ -670,12 +675,15 @@ def _words(
     count=options.num_measured,
     seed=options.seed,
   )
+  title = "What stands in the place of masked words"
+  if not examples:
+    return _absent(title, f"{split} has no captions.")
   found = reconstruction.guess(
     weights, examples, num_shown=options.num_maps, seed=options.seed
   )
   rows = "".join(_word_row(one) for one in found.shown)
   return (
-    "<section><h2>What stands in the place of masked words</h2><p>The "
+    f"<section><h2>{_text(title)}</h2><p>The "
     f"{reconstruction.TOP} likeliest tokens at masked places, with the drawing "
     "and with a blank image of the mean colour. Right ones are green with a "
     f"tick. Split: {_text(cell_title(split))}; drawn at random (seed "
