@@ -47,7 +47,6 @@ OWN_FLAGS = {
   "retrieval": (
     "rerank",
     "views",
-    "limit",
     "querybank",
     "querybank_temperature",
     "conse_temperature",

@@ -733,9 +733,10 @@ def _anchors(
   if not options.splits and name in found["results"]:
     splits = _held_out(found["results"][name]) or splits
   split = _shown_split(data_dir, splits)
+  source = sources.open_source(data_dir, split)
   scenes = anchor_pictures.make_scenes(
     weights,
-    sources.open_source(data_dir, split),
+    source,
     num_shown=options.num_maps,
     num_tried=options.num_measured,
     seed=options.seed,
@@ -748,8 +749,8 @@ def _anchors(
     )
   else:
     shown = (
-      f"<p>No image is shown: none of {options.num_measured} of {_text(split)} "
-      "has an anchor that this run asks for.</p>"
+      f"<p>No image is shown: none of {min(options.num_measured, len(source))} "
+      f"of {_text(split)} has an anchor that this run asks for.</p>"
     )
   return (
     f"<section><h2>{_text(title)}</h2><p>An anchor is a word of the caption "

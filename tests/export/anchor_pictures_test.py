@@ -129,6 +129,13 @@ def test_a_run_that_asks_for_no_words_says_so(data_dir, tmp_path):
   assert "Not shown: no objective of this run asks" in section_of(page)
 
 
+def test_a_run_without_anchors_shows_figures_alone(data_dir, tmp_path):
+  config = make_config(data_dir, "mlm", "mrc", masking={"swap": "none"})
+  section = section_of(make_page(tmp_path / "e", config, "anchors"))
+  assert f"none of {NUM} of test has an anchor" in section
+  assert 'class="boxes"' not in section and "no anchors asked" in section
+
+
 def test_words_and_boxes_of_an_anchor_have_one_colour(data_dir):
   scenes = make_scenes(data_dir, make_config(data_dir))
   assert len(scenes) == 4
