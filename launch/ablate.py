@@ -153,35 +153,46 @@ def plan(
       after = f"{suite.towers}-seed{seed}" if suite.towers else ""
       if after:
         more.append(f"--config.train.init_from={workdir / TOWERS / after}")
-      reranks = _reranks(suite, row)
-      measure = (
-        sys.executable,
-        str(ROOT / "launch/evaluate.py"),
-        f"--workdir={into}",
-        f"--splits={','.join(suite.splits)}",
-        "--step=latest",
-        f"--rerank={','.join(reranks)}",
-        f"--limit={limit}",
-        "--pair_batch_size=1024",
-      )
+      measure = [
+        (
+          sys.executable,
+          str(ROOT / "launch/evaluate.py"),
+          f"--workdir={into}",
+          f"--splits={','.join(suite.splits)}",
+          "--step=latest",
+          *options,
+        )
+        for options in _measures(suite, row, limit)
+      ]
       jobs.append(
         Job(
           name=f"{name}-seed{seed}",
           workdir=into,
-          commands=(
-            train(suite.system, seed, into, *more),
-            *((measure,) if reranks else ()),
-          ),
+          commands=(train(suite.system, seed, into, *more), *measure),
           after=after,
         )
       )
   return jobs
 
 
-def _reranks(suite: ablations.Suite, row: ablations.Row) -> list[str]:
-  """What the row's model can be asked to order by: cosines, all its pairs."""
-  orders = {"itc": "none", "itm": "full"}
-  return [order for name, order in orders.items() if suite.has(row, name)]
+def _measures(
+  suite: ablations.Suite, row: ablations.Row, limit: int
+) -> list[tuple[str, ...]]:
+  """Options of launch/evaluate.py for what the row's model can be asked."""
+  found: list[tuple[str, ...]] = []
+  orders = {"itc": "none", "itm": "full"}  # by cosines; by all its pairs
+  reranks = [order for name, order in orders.items() if suite.has(row, name)]
+  if reranks:
+    found.append(
+      (
+        f"--rerank={','.join(reranks)}",
+        f"--limit={limit}",
+        "--pair_batch_size=1024",
+      )
+    )
+  if any(suite.has(row, name) for name in ("amc", "wrc")):
+    found.append(("--task=anchors",))
+  return found
 
 
 def is_done(job: Job) -> bool:
