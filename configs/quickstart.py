@@ -16,7 +16,7 @@ from glscl_jax import config as config_lib
 VOCAB_SIZE = 3365  # as launch/prepare.py prints for the emoji captions
 TOWERS_STEPS = 2000
 SECOND_STEPS = 200  # of GLSCL and MaskVLM, after the towers
-SYCOCA_STEPS = 1200
+SYCOCA_STEPS = 800
 CMAL_STEPS = 3000
 SCENE_VOCAB_SIZE = 1518  # as launch/prepare.py prints for the scenes' captions
 SCENE_CLASSES = 1330  # and for their regions

@@ -433,6 +433,35 @@ SYSTEM_OBJECTIVES = {
   "sycoca": ("itc", "ic", "tg_mim"),
   "cmal": ("amc", "wrc", "itm", "mlm", "mrc", "mrfr"),
 }
+# Groups of samples, and the objective that reads each.
+GROUPS = {
+  "neg_group": "itm",
+  "mltc_image_group": "mltc_image",
+  "mltc_text_group": "mltc_text",
+  "text_mgsc_group": "mgsc_text",
+  "amc_pair_group": "amc_pair",
+}
+# Fields that only these systems read: elsewhere they keep their defaults.
+READ_BY = {
+  "model.fusion.depth": ("glscl", "cmal"),
+  "model.fusion.image_depth": ("maskvlm", "sycoca"),
+  "model.fusion.text_depth": ("maskvlm", "sycoca"),
+  "model.fusion.decoder_depth": ("maskvlm",),
+  "model.fusion.mim_text": ("sycoca",),
+  "masking.completion_text_rate": ("glscl",),
+  "masking.text_mask_with_replacement": ("glscl",),
+  "masking.image_drop_ratio": ("glscl",),
+  "masking.image_token_ratio": ("glscl",),
+  "masking.image_block_ratio": ("maskvlm",),
+  "masking.image_block_size": ("maskvlm",),
+  "masking.split": ("sycoca",),
+  "masking.r_high": ("sycoca",),
+  "masking.r_low": ("sycoca",),
+  "masking.ic_mask": ("sycoca",),
+  "masking.mim_mask_level": ("sycoca",),
+  "masking.mask_warmup_steps": ("sycoca",),
+  "masking.attentive_empty": ("sycoca",),
+}
 # Rows of the text's position table besides those of the tokens: RoBERTa's two
 # first ones, the class token of CoCa.
 SPARE_POSITIONS = {"glscl": 2, "maskvlm": 2, "sycoca": 1, "cmal": 0}
@@ -612,13 +641,9 @@ class Config:
 
   def __post_init__(self):
     batch = self.data.batch_size
-    for name in (
-      "neg_group",
-      "mltc_image_group",
-      "mltc_text_group",
-      "text_mgsc_group",
-      "amc_pair_group",
-    ):
+    for name, objective in GROUPS.items():
+      if getattr(self.objectives, objective) == 0:
+        continue
       group = min(getattr(self.objectives, name) or batch, batch)
       _check(
         batch % group == 0,
@@ -665,6 +690,7 @@ def _check_system(config: Config) -> None:
     f"{config.model.match_features!r}, but system {config.system!r} knows"
     f" {', '.join(features[config.system])}",
   )
+  _check_read(config)
   text, spare = config.model.text, SPARE_POSITIONS[config.system]
   needed = text.max_length + spare
   _check(
@@ -686,6 +712,22 @@ def _check_system(config: Config) -> None:
   if config.system == "cmal":
     _check_widths(config, "text")
     _check_cmal(config)
+
+
+def _check_read(config: Config) -> None:
+  """A value that nothing reads would be a mistake without a message."""
+  for path, systems in READ_BY.items():
+    *parents, name = path.split(".")
+    section = config
+    for parent in parents:
+      section = getattr(section, parent)
+    value, default = getattr(section, name), getattr(type(section)(), name)
+    _check(
+      config.system in systems or value == default,
+      path,
+      f"{value!r}, but system {config.system!r} does not read it: leave it at"
+      f" {default!r}",
+    )
 
 
 def _check_widths(config: Config, *names: str) -> None:

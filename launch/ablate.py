@@ -162,7 +162,7 @@ def plan(
           "--step=latest",
           *options,
         )
-        for options in _protocols(suite, row, limit)
+        for options in _measures(suite, row, limit)
       ]
       jobs.append(
         Job(
@@ -175,17 +175,23 @@ def plan(
   return jobs
 
 
-def _protocols(
+def _measures(
   suite: ablations.Suite, row: ablations.Row, limit: int
 ) -> list[tuple[str, ...]]:
   """Options of launch/evaluate.py for what the row's model can be asked."""
   found: list[tuple[str, ...]] = []
-  if suite.has(row, "itc"):
-    found.append(("--rerank=none",))
-  if suite.has(row, "itm"):
+  orders = {"itc": "none", "itm": "full"}  # by cosines; by all its pairs
+  reranks = [order for name, order in orders.items() if suite.has(row, name)]
+  if reranks:
     found.append(
-      ("--rerank=full", f"--limit={limit}", "--pair_batch_size=1024")
+      (
+        f"--rerank={','.join(reranks)}",
+        f"--limit={limit}",
+        "--pair_batch_size=1024",
+      )
     )
+  if any(suite.has(row, name) for name in ("amc", "wrc")):
+    found.append(("--task=anchors",))
   return found
 
 

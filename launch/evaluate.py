@@ -4,6 +4,7 @@
   python launch/evaluate.py --workdir=DIR --data=OTHER --splits=test \
       --rerank=none,querybank,itm --rerank_k=64
   python launch/evaluate.py --workdir=DIR --task=captioning --decode=beam
+  python launch/evaluate.py --workdir=DIR --task=anchors
 
 DIR is a work dir of launch/train.py or a directory of launch/export.py. Writes
 metrics.json and predictions.json to DIR/eval/TASK; what is in them is in
@@ -13,6 +14,7 @@ docs/evaluation.md. Exit code 0: done. 2: `error: ...` says what to change.
 from __future__ import annotations
 
 import functools
+import itertools
 import pathlib
 import sys
 import time
@@ -26,7 +28,7 @@ from glscl_jax import command_line, errors, sharding
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, retrieval_set, sources, tokenizer
 from glscl_jax.export import weights as weights_lib
-from glscl_jax.tasks import captioning, results, retrieval
+from glscl_jax.tasks import anchors, captioning, results, retrieval
 from glscl_jax.train import metrics
 
 # {seen, unseen studio} x {seen, unseen concept} of the emoji data.
@@ -40,6 +42,7 @@ EMOJI_CELLS = (
 
 # Flags that only one task reads.
 OWN_FLAGS = {
+  "anchors": (),
   "captioning": ("decode", "beam", "length_power", "max_tokens", "min_tokens"),
   "retrieval": (
     "rerank",
@@ -50,6 +53,7 @@ OWN_FLAGS = {
     "rerank_k",
     "itc_weight",
     "captions",
+    "limit",
     "pair_batch_size",
   ),
 }
@@ -117,7 +121,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   flags.DEFINE_integer(
     "limit",
     0,
-    "Only the first images of a split, so many; 0: all. full scores all pairs.",
+    "full: only among the first images of a split, so many; 0: all.",
     lower_bound=0,
     flag_values=values,
   )
@@ -359,11 +363,9 @@ def evaluate(
 ) -> None:
   """Measures all splits by all protocols; writes after each.
 
-  The protocols share captions and views: a split is encoded once.
+  The protocols share captions and views: a split is encoded once a limit.
   """
-  ((captions, views, limit),) = {
-    (p.captions, p.views, p.limit) for p in protocols
-  }
+  ((captions, views),) = {(p.captions, p.views) for p in protocols}
   for protocol in protocols:
     retrieval.check_protocol(model.config, protocol)
   text_tokenizer = tokenizer.load(model.tokenizer_path)
@@ -397,16 +399,19 @@ def evaluate(
     )
     for split in banks
   }
-  for number, split in enumerate(splits, 1):
-    progress = Progress(f"[{number}/{len(splits)}] {split}")
+  limits = dict.fromkeys(p.limit for p in protocols)
+  parts = list(itertools.product(splits, limits))
+  for number, (split, limit) in enumerate(parts, 1):
+    own = [p for p in protocols if p.limit == limit]
+    progress = Progress(f"[{number}/{len(parts)}] {split}")
     encodings = encode(
       retrieval_set.read(data_dir, split, captions=captions, limit=limit),
-      keep_tokens=any(p.fuses for p in protocols),
+      keep_tokens=any(p.fuses for p in own),
       views=views,
       on_progress=progress,
     )
     fused: dict[int | None, retrieval.Fused] = {}
-    for protocol in protocols:
+    for protocol in own:
       count = protocol.candidates
       if protocol.fuses and count not in fused:
         fused[count] = retrieval.fuse(
@@ -456,7 +461,9 @@ def _run(values: flags.FlagValues) -> int:
   model = weights_lib.open_weights(workdir, step=values.step)
   print(f"{workdir}: step {model.step}", flush=True)
   data_dir = model.data_dir(values.data)
-  run = {"captioning": _caption, "retrieval": _retrieve}[values.task]
+  run = {"anchors": _ask, "captioning": _caption, "retrieval": _retrieve}[
+    values.task
+  ]
   run(values, model, data_dir, output)
   print(f"wrote {output / results.METRICS}")
   return 0
@@ -478,7 +485,7 @@ def _retrieve(
       itc_weight=values.itc_weight,
       captions=values.captions,
       views=values.views,
-      limit=values.limit,
+      limit=values.limit if rerank == "full" else 0,
     )
     for rerank in values.rerank
   ]
@@ -579,6 +586,91 @@ def format_captions(result: Mapping[str, Any], examples: Sequence[str]) -> str:
     *_format_bad(result),
   ]
   return "\n".join(lines)
+
+
+def _ask(
+  values: flags.FlagValues,
+  model: weights_lib.Weights,
+  data_dir: str,
+  output: pathlib.Path,
+) -> None:
+  ask_anchors(
+    model,
+    data_dir=data_dir,
+    splits=choose_splits(data_dir, values.splits),
+    protocol=anchors.Protocol(),
+    output=output,
+    batch_size=values.batch_size,
+  )
+
+
+def ask_anchors(
+  model: weights_lib.Weights,
+  *,
+  data_dir: str,
+  splits: list[str],
+  protocol: anchors.Protocol,
+  output: pathlib.Path,
+  batch_size: int,
+) -> None:
+  """Asks for the anchors of all splits; writes after each; on one device.
+
+  Raises:
+    AnchorError: no objective of the model trains what is asked.
+  """
+  anchors.check(model.config)
+  text_tokenizer = tokenizer.load(model.tokenizer_path)
+  data = results.identify(data_dir)
+  fingerprint = weights_lib.params_sha256(model.params)
+  params = jax.device_put(model.params)
+  print("in parentheses what the best single answer gives; of pairs, chance")
+  for number, split in enumerate(splits, 1):
+    found = anchors.measure(
+      params,
+      anchors.read(
+        sources.open_source(data_dir, split),
+        config=model.config,
+        tokenizer=text_tokenizer,
+        protocol=protocol,
+      ),
+      config=model.config,
+      batch_size=batch_size,
+      on_progress=Progress(f"[{number}/{len(splits)}] {split}"),
+    )
+    result = anchors.report(found, config=model.config, protocol=protocol)
+    result["lineage"] = results.make_lineage(
+      step=model.step,
+      params_sha256=fingerprint,
+      config=model.config,
+      training=model.lineage,
+      data=data,
+      split=split,
+    )
+    results.write(
+      output,
+      task="anchors",
+      data=data,
+      result=result,
+      predictions=anchors.predictions(found, text_tokenizer),
+    )
+    print(format_anchors(result), flush=True)
+
+
+def format_anchors(result: Mapping[str, Any]) -> str:
+  """A line a number, with chance beside it."""
+  lines = [
+    f"{result['split']}: {result['num_samples']} images "
+    f"({result['lineage']['regime']})"
+  ]
+  for name, value in result["metrics"].items():
+    if name in result["chance"]:
+      lines.append(
+        f"  {name:<24}{value:.4f} ({result['chance'][name]:.4f})  of "
+        f"{result['counts'][name]}"
+      )
+    else:
+      lines.append(f"  {name:<24}{value:.4f}")
+  return "\n".join([*lines, *_format_bad(result)])
 
 
 if __name__ == "__main__":

@@ -316,15 +316,62 @@ def test_some_objective_must_count():
     config.from_config_dict(tree)
 
 
-@pytest.mark.parametrize(
-  "name",
-  ["neg_group", "mltc_image_group", "mltc_text_group", "amc_pair_group"],
-)
-def test_groups_must_divide_the_batch(name):
-  message = error_of(f"objectives.{name}", 24)
-  assert message == (
+@pytest.mark.parametrize("name", config.GROUPS)
+def test_groups_of_active_objectives_must_divide_the_batch(name):
+  objective = config.GROUPS[name]
+  own = config.SYSTEM_OBJECTIVES["glscl"]
+  made = config.Config() if objective in own else config.cmal_defaults()
+
+  def with_group(weight):
+    tree = config.to_config_dict(made)
+    tree.data.batch_size = 4096
+    tree.objectives[objective] = weight
+    tree.objectives[name] = 24
+    return tree
+
+  with pytest.raises(config.ConfigError) as caught:
+    config.from_config_dict(with_group(1.0))
+  assert str(caught.value) == (
     f"config.objectives.{name}: 24 does not divide data.batch_size 4096"
   )
+  config.from_config_dict(with_group(0.0))
+
+
+def test_fields_that_a_system_does_not_read_keep_their_defaults():
+  message = error_of("masking.split", "random")
+  assert message == (
+    "config.masking.split: 'random', but system 'glscl' does not read it: leave"
+    " it at 'attentive'"
+  )
+  defaults = {
+    "glscl": config.Config(),
+    "maskvlm": config.maskvlm_defaults(),
+    "sycoca": config.sycoca_defaults(),
+    "cmal": config.cmal_defaults(),
+  }
+  other = {
+    "mim_text": False,
+    "ic_mask": False,
+    "text_mask_with_replacement": True,
+    "split": "random",
+    "mim_mask_level": "feature",
+    "attentive_empty": "order",
+    "image_block_size": 64,
+  }
+  for path, systems in config.READ_BY.items():
+    *sections, name = path.split(".")
+    for system, made in defaults.items():
+      tree = config.to_config_dict(made)
+      place = tree
+      for section in sections:
+        place = place[section]
+      number = 7 if "depth" in name or name.endswith("steps") else 0.25
+      place[name] = other[name] if name in other else number
+      if system in systems and name != "image_block_size":
+        config.from_config_dict(tree)
+      elif system not in systems:
+        with pytest.raises(config.ConfigError, match="does not read it"):
+          config.from_config_dict(tree)
 
 
 def test_a_batch_smaller_than_a_group_is_one_group():

@@ -17,6 +17,13 @@ START, PAD, END = 0, 1, 2
 FIRST_PLAIN = 4  # ids below are special; so is the last one, the mask
 
 
+DEPTHS = ("depth", "image_depth", "text_depth", "decoder_depth")
+
+
+def _reads(system: str, name: str) -> bool:
+  return system in config_lib.READ_BY[f"model.fusion.{name}"]
+
+
 def config(
   *,
   depth: int = 1,
@@ -56,13 +63,10 @@ def config(
       ),
       fusion=config_lib.FusionConfig(
         width=width,
-        depth=depth,
-        image_depth=depth,
-        text_depth=depth,
-        decoder_depth=depth,
         dropout=dropout,
         restrict_last_layer=model.pop("restrict_last_layer", True),
-        **(fusion or {}),
+        **{name: depth for name in DEPTHS if _reads(system, name)}
+        | (fusion or {}),
       ),
       **{
         "joint_width": 32,

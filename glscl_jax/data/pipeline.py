@@ -39,7 +39,10 @@ MIN_ROWS = 1000  # rows read before the share of bad ones is judged
 NO_TEXT, NO_IMAGE = 1, 2  # why a record was replaced
 REASONS = {NO_TEXT: "empty caption", NO_IMAGE: "unreadable image"}
 
-_BAD_PAIR, _BAD_REASON, _TRUNCATED = "bad_pair", "bad_reason", "truncated"
+# Of rows, beside the arrays of Batch.
+TRUNCATED = "truncated"  # whether the caption was cut
+REST = "anchor_rest_T"  # bool, tokens of anchors' phrases but the first
+_BAD_PAIR, _BAD_REASON = "bad_pair", "bad_reason"
 
 
 class BadDataError(errors.UserError):
@@ -139,10 +142,12 @@ class RowMaker:
   config: config_lib.Config
   tokenizer: tokenizer_lib.Tokenizer
   pairs: Pairs
-  order: grain.MapDataset  # position -> pair, reshuffled in every epoch
+  order: (
+    Sequence[int] | grain.MapDataset
+  )  # position -> pair, reshuffled in every epoch
   plain_ids_V: np.ndarray  # int32 ids a random replacement is drawn from
   names: anchors_lib.Names | None  # of the classes of regions; None: images
-  kinds: frozenset[str]  # of masks
+  kinds: frozenset[str]  # of masks; "rest" beside "anchors" adds REST
   first: int  # of this process's rows in a global batch
   count: int  # of this process's rows in a global batch
 
@@ -235,7 +240,7 @@ class RowMaker:
     row = {
       "text_ids_BT": tokens.ids_T,
       "text_valid_BT": tokens.valid_T,
-      _TRUNCATED: np.bool_(tokens.truncated),
+      TRUNCATED: np.bool_(tokens.truncated),
     }
     if "mlm" in self.kinds:
       masked = masking.mask_tokens(
@@ -311,6 +316,8 @@ class RowMaker:
         "anchor_region_BA": found.region_A,
         "anchor_ok_BA": found.ok_A,
       }
+      if "rest" in self.kinds:
+        row[REST] = found.rest_T
       if "amc" in self.kinds:
         row |= self._amc(pair_key, tokens, found)
       if "regions" in self.kinds:
@@ -453,7 +460,7 @@ class TrainIterator:
       self._batches = iter(self._dataset())
     batch = next(self._batches)
     self._count(
-      batch.pop(_BAD_PAIR), batch.pop(_BAD_REASON), batch.pop(_TRUNCATED)
+      batch.pop(_BAD_PAIR), batch.pop(_BAD_REASON), batch.pop(TRUNCATED)
     )
     self._step += 1  # last: a batch that was not delivered comes again
     return batch
@@ -632,25 +639,49 @@ def make_train_iterator(
   pairs = make_pairs(source)
   if not len(pairs):
     raise config_lib.ConfigError(f"{source.name}: no records to train on")
-  names = None
-  if reads_regions(config):
-    names = anchors_lib.make_names(source.schema.classes, tokenizer)
-  special = np.array(sorted(tokenizer.special_ids), np.int32)
   count = data.batch_size // process_count
-  make_row = RowMaker(
-    config=config,
-    tokenizer=tokenizer,
-    pairs=pairs,
+  make_row = make_row_maker(
+    config,
+    tokenizer,
+    pairs,
     order=grain.MapDataset.range(len(pairs)).seed(data.seed).shuffle().repeat(),
-    plain_ids_V=np.setdiff1d(
-      np.arange(tokenizer.vocab_size, dtype=np.int32), special
-    ),
-    names=names,
     kinds=mask_kinds(config),
     first=process_index * count,
     count=count,
   )
   return TrainIterator(make_row, max_bad_share=data.max_bad_share)
+
+
+def make_row_maker(
+  config: config_lib.Config,
+  tokenizer: tokenizer_lib.Tokenizer,
+  pairs: Pairs,
+  *,
+  order: Sequence[int] | grain.MapDataset,
+  kinds: frozenset[str],
+  first: int,
+  count: int,
+) -> RowMaker:
+  """What makes rows of these pairs; the arguments are RowMaker's."""
+  schema = pairs.source.schema
+  special = np.array(sorted(tokenizer.special_ids), np.int32)
+  return RowMaker(
+    config=config,
+    tokenizer=tokenizer,
+    pairs=pairs,
+    order=order,
+    plain_ids_V=np.setdiff1d(
+      np.arange(tokenizer.vocab_size, dtype=np.int32), special
+    ),
+    names=(
+      anchors_lib.make_names(schema.classes, tokenizer)
+      if reads_regions(config)
+      else None
+    ),
+    kinds=kinds,
+    first=first,
+    count=count,
+  )
 
 
 def check_batch(

@@ -7,8 +7,7 @@ import json
 import os
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 from glscl_jax import atomic
 from glscl_jax.ablations import Suite
@@ -16,7 +15,16 @@ from glscl_jax.export import pictures
 from glscl_jax.tasks import results
 
 MARKDOWN, PLOT, NUMBERS = "results.md", "results.svg", "results.json"
-METRIC = "mean_r1"  # R@1, mean of both directions
+# What rows are compared by: metrics of each task's result file, and their
+# titles; None: that of the protocol, for R@1, the mean of both directions.
+METRICS = {
+  "retrieval": {"mean_r1": None},
+  "anchors": {
+    "pair_accuracy": "regions of words",
+    "word_accuracy": "words at anchors",
+    "class_accuracy": "classes at anchors",
+  },
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +32,7 @@ class Column:
   """One question that rows are compared by."""
 
   split: str
-  label: str  # of the protocol
+  label: str  # of protocol or metric
   chance: float
   values: Mapping[str, tuple[float, ...]]  # row -> one value a seed
 
@@ -53,8 +61,8 @@ def write(
   table = format_table(suite, list(runs), columns)
   seeds = max(len(workdirs) for workdirs in runs.values())
   text = (
-    f"R@1 in percent, mean of both directions; mean and standard deviation of "
-    f"{seeds} seeds.\n\n{table}\n\n"
+    "In percent; R@1 is the mean of both directions. Mean and standard "
+    f"deviation of {_count(seeds)}.\n\n{table}\n\n"
     f"The paper's order: {suite.expected} ({suite.source}).\n\n"
     f"Made by `{command}`.\n"
   )
@@ -80,43 +88,46 @@ def write(
 
 def collect(runs: Mapping[str, Sequence[pathlib.Path]]) -> list[Column]:
   """One column a split and protocol, in the order of first mention."""
-  labels: dict[tuple[str, str], tuple[str, float]] = {}
+  chances: dict[tuple[str, str], float] = {}
   values: dict[tuple[str, str], dict[str, list[float]]] = {}
   for name, workdirs in runs.items():
     for workdir in workdirs:
-      for split, key, entry in _measured(workdir):
-        labels.setdefault(
-          (split, key),
-          (
-            results.protocol_label(entry["protocol"]),
-            entry["chance"][METRIC],
-          ),
-        )
-        values.setdefault((split, key), {}).setdefault(name, []).append(
-          entry["metrics"][METRIC]
-        )
+      for split, label, value, chance in _measured(workdir):
+        chances.setdefault((split, label), chance)
+        found = values.setdefault((split, label), {})
+        found.setdefault(name, []).append(value)
   return [
     Column(
       split=split,
       label=label,
       chance=chance,
-      values={n: tuple(v) for n, v in values[split, key].items()},
+      values={n: tuple(v) for n, v in values[split, label].items()},
     )
-    for (split, key), (label, chance) in labels.items()
+    for (split, label), chance in chances.items()
   ]
 
 
 def _measured(
   workdir: pathlib.Path,
-) -> list[tuple[str, str, Mapping[str, Any]]]:
-  """Split, protocol and result of all that stands in a work dir's file."""
-  tree = results.read(workdir / "eval/retrieval" / results.METRICS)
-  return [
-    (split, key, entry)
-    for splits in tree["results"].values()
-    for split, protocols in splits.items()
-    for key, entry in protocols.items()
-  ]
+) -> Iterator[tuple[str, str, float, float]]:
+  """Split, label, value and chance of all that was measured of a run."""
+  for task, metrics in METRICS.items():
+    tree = results.read(workdir / "eval" / task / results.METRICS)
+    for splits in tree["results"].values():
+      for split, protocols in splits.items():
+        for entry in protocols.values():
+          for metric, title in metrics.items():
+            if metric in entry["metrics"]:
+              yield (
+                split,
+                title or results.protocol_label(entry["protocol"]),
+                entry["metrics"][metric],
+                entry["chance"][metric],
+              )
+
+
+def _count(seeds: int) -> str:
+  return "1 seed" if seeds == 1 else f"{seeds} seeds"
 
 
 def format_table(

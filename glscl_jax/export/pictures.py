@@ -14,13 +14,15 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 from matplotlib import figure, ticker
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 INK = "#1f2933"
 QUIET = "#7b8794"
 GRID = "#e4e7eb"
 # One colour a protocol, in the order met; told apart without colour vision.
 SERIES = ("#1d4ed8", "#f59e0b", "#0f766e", "#9d174d")
+# Those of anchors, more of them; begins again after the last.
+ANCHORS = (*SERIES, "#7c3aed", "#4d7c0f", "#0284c7", "#78350f")
 HEAT = np.array([204, 36, 29], np.float32)
 HIDDEN = np.array([188, 196, 206], np.uint8)  # in place of a hidden patch
 
@@ -281,3 +283,46 @@ def _enlarge(hidden_I: np.ndarray, size: int) -> np.ndarray:
   grid = round(len(hidden_I) ** 0.5)
   hidden_GG = hidden_I.reshape(grid, grid)
   return np.kron(hidden_GG, np.ones((size // grid,) * 2, bool))[:, :, None]
+
+
+def anchor_colour(number: int) -> str:
+  """The colour of an anchor of an image."""
+  return ANCHORS[number % len(ANCHORS)]
+
+
+def draw_boxes(
+  image_YXC: np.ndarray,
+  box_R4: np.ndarray,
+  colours: Sequence[str | None],
+  *,
+  size: int,
+) -> np.ndarray:
+  """A picture with numbered boxes, from 1; thin and grey without a colour.
+
+  Args:
+    image_YXC: uint8.
+    box_R4: x1, y1, x2, y2, of the picture's size.
+    colours: of each box.
+    size: pixels of the longer side of the result.
+  """
+  height, width = image_YXC.shape[:2]
+  scale = size / max(height, width)
+  shape = round(width * scale), round(height * scale)
+  picture = Image.fromarray(image_YXC).resize(shape, Image.Resampling.LANCZOS)
+  draw = ImageDraw.Draw(picture)
+  font = ImageFont.load_default(size=max(10, size // 16))
+  order = sorted(range(len(colours)), key=lambda i: colours[i] is not None)
+  for number in order:  # coloured ones last, on top
+    colour, thick = colours[number] or QUIET, max(1, size // 256)
+    if colours[number]:
+      thick *= 3
+    left, top, right, bottom = (
+      float(value) * (side - 1)
+      for value, side in zip(box_R4[number], shape * 2, strict=True)
+    )
+    draw.rectangle((left, top, right, bottom), outline=colour, width=thick)
+    label = draw.textbbox((left + thick, top), str(number + 1), font=font)
+    edge = (left, top, label[2] + thick, label[3] + thick)
+    draw.rectangle(edge, fill=colour)
+    draw.text((left + thick, top), str(number + 1), fill="white", font=font)
+  return np.asarray(picture)

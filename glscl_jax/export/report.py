@@ -2,8 +2,8 @@
 
 Loss curves from metrics.jsonl, recalls from eval/retrieval/metrics.json beside
 chance, examples from predictions.json, the text-to-image attention of the last
-fusion layer, and, where the system has them, completed patches and words. What
-was not measured is left out and said so.
+fusion layer, and, where the system has them, completed patches, words and
+anchors. What was not measured is left out and said so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ import numpy as np
 
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, sources, transforms
-from glscl_jax.export import attention, pictures, reconstruction
+from glscl_jax.export import (
+  anchor_pictures,
+  attention,
+  pictures,
+  reconstruction,
+)
 from glscl_jax.export.weights import Weights, name_arrays, params_sha256
 from glscl_jax.systems import registry
 from glscl_jax.tasks import results, retrieval
@@ -135,6 +140,7 @@ def make_report(
     _attention(weights, data_dir, splits, options),
     _patches(weights, data_dir, splits, options),
     _words(weights, data_dir, splits, options),
+    _anchors(workdir, weights, data_dir, splits, options),
     _config(weights),
     _credits(data_dir),
   ]
@@ -200,7 +206,6 @@ def _held_out(own: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _facts(workdir: pathlib.Path, weights: Weights, data_dir: str) -> str:
   config, lineage = weights.config, weights.lineage
-  model = config.model
   count = sum(array.size for array in name_arrays(weights.params).values())
   facts = {
     "System": f"{config.system}: "
@@ -210,11 +215,7 @@ def _facts(workdir: pathlib.Path, weights: Weights, data_dir: str) -> str:
       if getattr(config.objectives, name) > 0
     ),
     "Parameters": f"{count:,}",
-    "Image encoder": f"depth {model.vision.depth}, width "
-    f"{model.vision.width}, {model.vision.image_size} px, patches of "
-    f"{model.vision.patch_size} px{_describe_stem(model.vision)}",
-    "Text encoder": f"depth {model.text.depth}, width {model.text.width}, "
-    f"{model.text.vocab_size:,} pieces, at most {model.text.max_length} tokens",
+    **_describe_inputs(config),
     "Fusion": registry.find(config).describe_fusion(config),
     "Steps": f"{weights.step:,} of {config.train.num_steps:,}, batch "
     f"{config.data.batch_size:,}, peak learning rate "
@@ -232,6 +233,19 @@ def _facts(workdir: pathlib.Path, weights: Weights, data_dir: str) -> str:
     if value
   )
   return f'<section><h2>Run</h2><table class="facts">{rows}</table></section>'
+
+
+def _describe_inputs(config: config_lib.Config) -> dict[str, str]:
+  describe, model = registry.find(config).describe_inputs, config.model
+  if describe is not None:
+    return describe(config)
+  return {
+    "Image encoder": f"depth {model.vision.depth}, width "
+    f"{model.vision.width}, {model.vision.image_size} px, patches of "
+    f"{model.vision.patch_size} px{_describe_stem(model.vision)}",
+    "Text encoder": f"depth {model.text.depth}, width {model.text.width}, "
+    f"{model.text.vocab_size:,} pieces, at most {model.text.max_length} tokens",
+  }
 
 
 def _describe_stem(vision: config_lib.VisionConfig) -> str:
@@ -488,7 +502,7 @@ def load_images(
     example = source[record]
     if example.id in left:
       left.remove(example.id)
-      found[example.id] = attention.decode(example)
+      found[example.id] = anchor_pictures.look(example)
   if left:
     raise pairs.DataError(
       f"{data_dir}, split {split}: no record {sorted(left)[0]!r}; the "
@@ -501,6 +515,8 @@ def _attention(
   weights: Weights, data_dir: str, splits: Sequence[str], options: Options
 ) -> str:
   """Attention maps of each word of some held-out captions."""
+  if registry.find(weights.config).cross_attention is None:
+    return ""
   if not _attends(weights):
     return _absent(
       "Where each word looks",
@@ -609,6 +625,11 @@ def _compare_errors(found: reconstruction.Completions, title: str) -> str:
   """The numbers behind the pictures, with standard errors."""
   own_A, other_A = found.error_A, found.other_error_A
   count, gain_A = len(own_A), other_A - own_A
+  if not gain_A.any():
+    return (
+      f"{title} over {count:,} drawings: {own_A.mean():.4f}, whatever the "
+      "caption; it is not read."
+    )
   share = float(np.mean(gain_A > 0))
   error = float(np.std(gain_A)) / count**0.5
   return (
@@ -654,12 +675,15 @@ def _words(
     count=options.num_measured,
     seed=options.seed,
   )
+  title = "What stands in the place of masked words"
+  if not examples:
+    return _absent(title, f"{split} has no captions.")
   found = reconstruction.guess(
     weights, examples, num_shown=options.num_maps, seed=options.seed
   )
   rows = "".join(_word_row(one) for one in found.shown)
   return (
-    "<section><h2>What stands in the place of masked words</h2><p>The "
+    f"<section><h2>{_text(title)}</h2><p>The "
     f"{reconstruction.TOP} likeliest tokens at masked places, with the drawing "
     "and with a blank image of the mean colour. Right ones are green with a "
     f"tick. Split: {_text(cell_title(split))}; drawn at random (seed "
@@ -688,6 +712,173 @@ def _guesses(word: str, guesses: Sequence[tuple[str, float]]) -> str:
     for name, share in guesses
   )
   return f"<ol>{items}</ol>"
+
+
+def _anchors(
+  workdir: pathlib.Path,
+  weights: Weights,
+  data_dir: str,
+  splits: Sequence[str],
+  options: Options,
+) -> str:
+  """What stands in swapped slots: figures, and images with their anchors."""
+  system, config = registry.find(weights.config), weights.config
+  if system.answer is None:
+    return ""
+  title = "Anchors and swaps"
+  if not system.answered(config):
+    return _absent(title, "no objective of this run asks for words or regions.")
+  found = results.read(workdir / "eval" / "anchors" / results.METRICS)
+  name = results.identify(data_dir).name
+  if not options.splits and name in found["results"]:
+    splits = _held_out(found["results"][name]) or splits
+  split = _shown_split(data_dir, splits)
+  source = sources.open_source(data_dir, split)
+  scenes = anchor_pictures.make_scenes(
+    weights,
+    source,
+    num_shown=options.num_maps,
+    num_tried=options.num_measured,
+    seed=options.seed,
+  )
+  if scenes:
+    shown = (
+      f"<h3>{_text(cell_title(split))}</h3><p>{_text(_say_swap(config))} "
+      f"Images with an anchor, drawn at random (seed {options.seed}).</p>"
+      f'<div class="scenes">{"".join(map(_scene, scenes))}</div>'
+    )
+  else:
+    shown = (
+      f"<p>No image is shown: none of {min(options.num_measured, len(source))} "
+      f"of {_text(split)} has an anchor that this run asks for.</p>"
+    )
+  return (
+    f"<section><h2>{_text(title)}</h2><p>An anchor is a word of the caption "
+    "and a region of the image that name the same.</p>"
+    f"{_anchor_table(found['results'], weights)}{shown}</section>"
+  )
+
+
+def _say_swap(config: config_lib.Config) -> str:
+  """What the model of the pictures is shown, and asked."""
+  masking, fields = config.masking, registry.find(config).answered(config)
+  parts = ["Anchors have a colour each; other regions are grey."]
+  if fields & {"words", "classes"}:
+    parts.append(
+      {
+        "both": "The contents of an anchor's word and region change places; ",
+        "text": "An anchor's word takes the content of its region; ",
+        "image": "An anchor's region takes the content of its word; ",
+        "none": "Nothing is swapped, anchors are hidden; ",
+      }[masking.swap]
+      + "beside it stands what the model says was there: the first token of "
+      "the word, the class of the region. Other words and regions are masked "
+      "as in training."
+    )
+  if "cosine_BTR" in fields:
+    parts.append(
+      "Bars, from -1 to 1: cosine of the word's state with those of the "
+      "regions, nothing swapped or masked; the regions that the word names are "
+      "green with a tick."
+    )
+  return " ".join(parts)
+
+
+ANCHOR_COLUMNS = {
+  "word_accuracy": "word, swapped",
+  "masked_word_accuracy": "word, masked",
+  "class_accuracy": "class, swapped",
+  "masked_class_accuracy": "class, hidden",
+  "pair_accuracy": "nearest region",
+}
+
+
+def _anchor_table(found: Mapping[str, Any], weights: Weights) -> str:
+  if not found:
+    return "<p>Not measured: launch/evaluate.py --task=anchors was not run.</p>"
+  head = "".join(f"<th>{title}</th>" for title in ANCHOR_COLUMNS.values())
+  rows, stale, fingerprint = [], False, params_sha256(weights.params)
+  for name, measured in sorted(found.items()):
+    for split in _in_order(measured):
+      for entry in measured[split].values():
+        stale = stale or entry["lineage"]["params_sha256"] != fingerprint
+        cells = "".join(_anchor_cell(entry, name) for name in ANCHOR_COLUMNS)
+        rows.append(
+          f"<tr><td>{_text(cell_title(split))}<small>{_text(name)}, "
+          f"{entry['num_samples']:,} images, {_text(_per_sample(entry))}<br>"
+          f"{_text(entry['lineage']['regime'])}, step "
+          f"{entry['lineage']['step']:,}</small></td>{cells}</tr>"
+        )
+  note = (
+    '<p class="warning">Some results are of other weights than those of '
+    "this page; run launch/evaluate.py --task=anchors again.</p>"
+    if stale
+    else ""
+  )
+  return (
+    f'{note}<div class="wide"><table class="numbers anchored"><tr><th>split'
+    f"</th>{head}</tr>{''.join(rows)}</table></div><p>Right answers in "
+    "percent, of first captions. Small: for words and classes what always "
+    "giving the commonest right answer would reach, for the nearest region "
+    "what a random one would; n: slots or words asked. Ties count against the "
+    "model.</p>"
+  )
+
+
+def _per_sample(entry: Mapping[str, Any]) -> str:
+  name = "anchors_per_sample"
+  if name not in entry["metrics"]:
+    return "no anchors asked"
+  return f"{entry['metrics'][name]:.2f} anchors an image"
+
+
+def _anchor_cell(entry: Mapping[str, Any], name: str) -> str:
+  if name not in entry["metrics"]:
+    return "<td>not asked</td>"
+  return (
+    f"<td>{100 * entry['metrics'][name]:.1f}<small>"
+    f"{100 * entry['chance'][name]:.1f}; n = {entry['counts'][name]:,}"
+    "</small></td>"
+  )
+
+
+def _scene(scene: anchor_pictures.Scene) -> str:
+  caption = " ".join(
+    _text(word)
+    if number is None
+    else f'<b style="{_underline(number)}">{_text(word)}</b>'
+    for word, number in scene.words
+  )
+  rows = "".join(
+    f'<div class="anchor"><b style="{_underline(i)}">{_text(anchor.phrase)}'
+    f"</b>{_said('word', anchor.word)}{_said('class', anchor.classed)}"
+    f"{_bars(anchor, scene)}</div>"
+    for i, anchor in enumerate(scene.anchors)
+  )
+  picture = _image(pictures.png(scene.image_YXC), "png", "regions", "boxes")
+  return f"<div><h4>{caption}</h4><div>{picture}{rows}</div></div>"
+
+
+def _underline(number: int) -> str:
+  return f"border-bottom: 3px solid {pictures.anchor_colour(number)}"
+
+
+def _said(title: str, answer: anchor_pictures.Answer | None) -> str:
+  if answer is None:
+    return ""
+  own = "" if answer.right else f" <i>is: {_text(answer.own)}</i>"
+  kind = "right" if answer.right else "wrong"
+  return f'<span>{title} <q class="{kind}">{_text(answer.said)}</q>{own}</span>'
+
+
+def _bars(anchor: anchor_pictures.Anchor, scene: anchor_pictures.Scene) -> str:
+  rows = "".join(
+    f'<li{_right({"match": near.named})}><u style="width: '
+    f'{30 * (1 + near.cosine):.0f}px"></u>{near.cosine:.2f} '
+    f"<small>{near.region + 1} {_text(scene.classes[near.region])}</small></li>"
+    for near in anchor.near
+  )
+  return f'<ul class="bars">{rows}</ul>' if rows else ""
 
 
 def _config(weights: Weights) -> str:
@@ -806,6 +997,25 @@ li.right::after {{ content: " \\2713"; }}
   grid-template-columns: repeat(auto-fill, minmax(500px, 1fr)); }}
 .patches .thumb {{ image-rendering: pixelated; }}
 .patches .row figure {{ border-color: transparent; }}
+.anchored td:first-child {{ text-align: left; }}
+.scenes {{ display: grid; gap: 26px; }}
+.scenes > div > div {{ display: flex; flex-wrap: wrap; gap: 10px 18px; }}
+.scenes h4 b {{ font-weight: 600; }}
+.boxes {{ width: 220px; height: auto; display: block; align-self: start;
+  border: 1px solid #e4e7eb; }}
+.anchor {{ font-size: 12.5px; flex: 1; min-width: 120px; }}
+.anchor span, .anchor small {{ display: block; }}
+.anchor i {{ font-style: normal; color: #616e7c; display: block; }}
+.anchor q {{ quotes: none; font-weight: 600; }}
+.anchor q.right {{ color: #0b6e3a; }}
+.anchor q.right::after {{ content: " \\2713"; }}
+.anchor q.wrong {{ color: #a4161a; }}
+.bars {{ list-style: none; margin: 6px 0 0; padding: 0; }}
+.bars li {{ font-variant-numeric: tabular-nums; line-height: 1.25; }}
+.bars u {{ display: inline-block; height: 8px; background: #9aa5b1;
+  margin-right: 5px; }}
+.bars small {{ display: inline; font-size: 11.5px; }}
+.bars li.right u {{ background: #17924f; }}
 pre {{ font-size: 12px; background: #f5f7fa; padding: 12px; overflow-x: auto; }}
 summary {{ cursor: pointer; }}
 footer {{ margin-top: 44px; padding-top: 14px; border-top: 1px solid #e4e7eb;

@@ -20,7 +20,8 @@ from glscl_jax.objectives import contrastive
 def content_words(valid_BT: jax.Array) -> jax.Array:
   """(B, T) bool: valid tokens without the first and the last one.
 
-  These two are the start and the end of a text, whatever their ids.
+  These two are the start and the end of a text, whatever their ids: tokenizers
+  write them around every text, and cut a long one before its end.
   """
   inner_BL = valid_BT[:, 1:-1] & valid_BT[:, 2:]
   return jnp.pad(inner_BL, ((0, 0), (1, 1)))
@@ -63,7 +64,8 @@ def split(scores_BI: jax.Array, *, num_high: int, num_low: int) -> Split:
 
   Of equal scores that of the lower number counts as the larger one: where
   num_high + num_low = I, `high` and `low` are complements, so that `keep` is
-  `high`.
+  `high`. Halves of an odd I share the patch in the middle: it is hidden from
+  the one and left out by the other.
   """
   order_BI = jnp.argsort(-scores_BI, axis=1, stable=True).astype(jnp.int32)
   num_kept = scores_BI.shape[1] - num_low

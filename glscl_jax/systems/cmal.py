@@ -32,6 +32,7 @@ from glscl_jax.objectives import (
   matching,
 )
 from glscl_jax.systems import encoders, inputs, terms, views
+from glscl_jax.systems.answers import Answers, Slots
 from glscl_jax.types import Batch, LossOutput, Params, Visual
 
 # By masking.swap: the sides whose slots of anchors get the other's content.
@@ -375,16 +376,21 @@ def _mrfr(context: Context) -> terms.Term:
   return loss, {}
 
 
-def _wrc(context: Context) -> terms.Term:
-  """WRC: in each sample a softmax over all tokens and regions, tau learned."""
+def _cosines(context: Context) -> jax.Array:
+  """Of each token with each region of its sample, (B, T, R)."""
   batch, states_BLD = context.batch, context.states["wrc"]
   length = batch.text_ids_BT.shape[1]
-  cosine_BTR = anchors.cells(
+  return anchors.cells(
     states_BLD[:, :length],
     states_BLD[:, length:],
     batch.text_valid_BT,
     batch.region_valid_BR,
   )
+
+
+def _wrc(context: Context) -> terms.Term:
+  """WRC: in each sample a softmax over all tokens and regions, tau learned."""
+  batch, cosine_BTR = context.batch, _cosines(context)
   pairs = batch.pair_pos_BA, batch.pair_region_BA, batch.pair_ok_BA
   temperature = context.model.temperature()
   loss = anchors.word_region_contrast(cosine_BTR, temperature, *pairs)
@@ -606,3 +612,95 @@ def match_scores(
 
   logits_B2 = _apply(params, config, method)
   return logits_B2[:, 1] - logits_B2[:, 0]
+
+
+def _answering(config: Config) -> dict[str, str]:
+  """Which objective's pass answers each field of Answers that is trained."""
+  weight, active = config.objectives, config.objectives.active
+  found = {}
+  for field, names in (("words", ("amc", "mlm")), ("classes", ("amc", "mrc"))):
+    trained = [name for name in names if name in active]
+    if trained:
+      found[field] = trained[0]
+  if "wrc" in active or ("amc" in active and weight.amc_pair > 0):
+    found["cosine_BTR"] = "wrc"
+  return found
+
+
+def answered(config: Config) -> frozenset[str]:
+  """The fields of Answers that an active objective trains."""
+  return frozenset(_answering(config))
+
+
+def answer(params: Params, batch: Batch, *, config: Config) -> Answers:
+  """What the model says at swapped and masked slots, and its similarities.
+
+  Words are those of AMC's pass, without AMC of MLM's; classes of AMC's or
+  MRC's. Similarities are those of complete inputs.
+
+  Args:
+    params: as made by `init`.
+    batch: with the masks that the active objectives need.
+    config: the run's.
+  """
+  source = _answering(config)
+
+  def method(model: CMAL) -> Answers:
+    tasks = tuple(dict.fromkeys(source.values()))
+    # ITM alone would draw.
+    context = run_passes(model, batch, config, jax.random.key(0), tasks)
+    words = classes = cosine_BTR = None
+    if "words" in source:
+      words = _word_slots(context, source["words"])
+    if "classes" in source:
+      asked = asked_regions(batch, config)
+      states_BLD = context.states[source["classes"]]
+      rows_BJD = _region_rows(context, states_BLD, asked.index_BJ)
+      classes = _slots(asked, model.region_head(rows_BJD))
+    if "cosine_BTR" in source:
+      cosine_BTR = _cosines(context)
+    return Answers(words=words, classes=classes, cosine_BTR=cosine_BTR)
+
+  return _apply(params, config, method)
+
+
+def _word_slots(context: Context, name: str) -> Slots:
+  batch, config = context.batch, context.config
+  if name == "amc" or find_pass(name, config).swapped:
+    asked = asked_words(batch, config)
+  else:
+    asked = Asked(batch.mlm_pos_BJ, batch.mlm_labels_BJ, batch.mlm_ok_BJ, None)
+  return _slots(
+    asked, _word_logits(context, context.states[name], asked.index_BJ)
+  )
+
+
+def _slots(asked: Asked, logits_BJV: jax.Array) -> Slots:
+  anchor_BJ = asked.anchor_BJ
+  return Slots(
+    index_BJ=asked.index_BJ,
+    labels_BJ=asked.labels_BJ,
+    ok_BJ=asked.ok_BJ,
+    anchor_BJ=(
+      jnp.zeros_like(asked.ok_BJ)
+      if anchor_BJ is None
+      else anchor_BJ & asked.ok_BJ
+    ),
+    logits_BJV=logits_BJV,
+  )
+
+
+def describe_inputs(config: Config) -> dict[str, str]:
+  """Regions and words before they are fused, for the report."""
+  region, text = config.model.region, config.model.text
+  blocks = [
+    f", {depth} blocks of their own" if depth else ""
+    for depth in config.model.unimodal_layers
+  ]
+  return {
+    "Regions": f"at most {region.number} of an image, of "
+    f"{region.feature_width:,} values and a box, {region.num_classes:,} classes"
+    + blocks[0],
+    "Words": f"{text.vocab_size:,} pieces, at most {text.max_length} tokens, "
+    f"width {text.width}{blocks[1]}",
+  }

@@ -25,6 +25,7 @@ from glscl_jax.systems import (
   sycoca,
   sycoca_flops,
 )
+from glscl_jax.systems.answers import Answers
 from glscl_jax.systems.completed import Completed
 from glscl_jax.systems.flops import Forward
 from glscl_jax.types import Batch, LossOutput, Params, Visual
@@ -52,11 +53,17 @@ class System:
   # ids_A, what is kept) goes on.
   begin_captions: Callable[..., tuple[jax.Array, Any]] | None = None
   extend_captions: Callable[..., tuple[jax.Array, Any]] | None = None
+  # Anchors of words and regions: (params, batch); None: it knows none.
+  answer: Callable[..., Answers] | None = None
+  answered: Callable[[Config], frozenset[str]] | None = None  # its fields that
+  # an objective trains
   # Report.
   cross_attention: Callable[..., jax.Array] | None  # (params, x_BTD,
   # text_valid_BT, y_BMD); None: images are not seen patch by patch
   attention_part: str | None  # parameters that cross_attention needs
   describe_fusion: Callable[[Config], str]
+  # By title; None: encoders of images and of texts, by their sizes.
+  describe_inputs: Callable[[Config], dict[str, str]] | None = None
   # Hidden patches: (params, batch, text_ids_BT, text_valid_BT, key=); the
   # objective that trains it; which are hidden.
   complete_patches: Callable[..., Completed] | None = None
@@ -139,8 +146,11 @@ SYSTEMS = {
     image_vectors=None,
     text_vectors=None,
     match_scores=cmal.match_scores,
+    answer=cmal.answer,
+    answered=cmal.answered,
     cross_attention=None,
     attention_part=None,
+    describe_inputs=cmal.describe_inputs,
     describe_fusion=lambda config: (
       f"one stack over words and regions, depth {config.model.fusion.depth}"
     ),

@@ -175,9 +175,11 @@ def protocol_label(protocol: Mapping[str, Any]) -> str:
 
 
 def protocol_key(protocol: Mapping[str, Any]) -> str:
-  """A short name, such as "itm_k128", "none_all_captions" or "greedy"."""
+  """A short name, such as "itm_k128", "greedy_5to30" or "swap_both"."""
   if "decode" in protocol:
     return _decode_key(protocol)
+  if "swap" in protocol:
+    return f"swap_{protocol['swap']}"
   parts = [protocol["rerank"]]
   if "querybank" in protocol:
     parts.append(

@@ -276,7 +276,7 @@ def find_peak(devices: list[jax.Device], *, compute_dtype: str) -> Peak:
   """
   device = devices[0]
   if device.platform == "cpu":
-    rate = _measure_matmul(compute_dtype)
+    rate = measure_matmul(compute_dtype)
     return Peak(
       flops=rate,
       source=(
@@ -299,9 +299,10 @@ def find_peak(devices: list[jax.Device], *, compute_dtype: str) -> Peak:
   )
 
 
-def _measure_matmul(compute_dtype: str, *, size: int = 1024) -> float:
-  """Best FLOP/s of a few square products with float32 results."""
-  a_AA = jnp.ones((size, size), compute_dtype)
+def measure_matmul(compute_dtype: str) -> float:
+  """Best FLOP/s of a few square products with float32 results, one device."""
+  size = 1024 if jax.default_backend() == "cpu" else 8192
+  a_AA = jax.random.normal(jax.random.key(0), (size, size), compute_dtype)
   multiply = jax.jit(
     lambda a_AA: jnp.matmul(a_AA, a_AA, preferred_element_type=jnp.float32)
   )

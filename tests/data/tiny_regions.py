@@ -37,7 +37,8 @@ def make_record(number, *, captions=("a dog", "two red apples"), split="train"):
 
 
 def write(data_dir, records, *, images=False, classes=CLASSES):
-  """A data directory of one split; its tokenizer knows the captions."""
+  """A data directory; its tokenizer knows the captions of all splits."""
+  splits = dict.fromkeys(record.split for record in records)
 
   def finish(directory, manifest):
     del manifest
@@ -50,7 +51,10 @@ def write(data_dir, records, *, images=False, classes=CLASSES):
 
   pairs.write(
     data_dir,
-    splits={"train": lambda: iter(records)},
+    splits={
+      split: lambda split=split: (r for r in records if r.split == split)
+      for split in splits
+    },
     source={"kind": "test"},
     finish=finish,
     schema=regions.Schema(width=WIDTH, classes=classes, images=images),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import pathlib
 import random
+import textwrap
 import time
 
 import numpy as np
+import pytest
 
 from glscl_jax.train import checkpoint
 from tests.end_to_end import child
@@ -51,14 +53,71 @@ def test_killed_ten_times_a_run_ends_bit_equal_to_an_undisturbed_one(
     assert checkpoint.list_steps(workdir)[-1:] >= before[-1:]
   assert "finished" in start(workdir).finish()
 
-  expected = checkpoint.restore_params(trained.workdir)
-  found = checkpoint.restore_params(workdir)
+  assert_equal(workdir, trained.workdir)
+
+
+# Other systems, with all that they draw at random.
+RECIPE = """
+    from configs import {system}_tiny
+
+    def get_config(arg=""):
+      c = {system}_tiny.get_config()
+      c.data.dir = {data!r}
+      c.data.batch_size = 8
+      c.data.num_threads = 1
+      c.model.text.vocab_size = {vocab_size}
+      for part in (c.model.vision, c.model.text, c.model.fusion):
+        part.width = 64
+      for part in (c.model.vision, c.model.text):
+        part.depth = 1
+      c.model.scan = False
+      {own}
+      c.train.num_steps = 12
+      c.train.log_every = 1
+      c.train.save_every = 3
+      return c
+"""
+OWN = {
+  "maskvlm": "c.model.text.dropout = c.model.fusion.dropout = 0.1",
+  # The first steps split at random, the others by the captions.
+  "sycoca": "c.masking.mask_warmup_steps = 6; c.model.fusion.text_depth = 1",
+}
+
+
+@pytest.mark.parametrize("system", OWN)
+def test_a_killed_run_of_another_system_ends_bit_equal(
+  system, project, starter, tmp_path
+):
+  manifest = json.loads((project.data / "manifest.json").read_text())
+  recipe = tmp_path / "recipe.py"
+  recipe.write_text(
+    textwrap.dedent(RECIPE).format(
+      system=system,
+      data=str(project.data),
+      vocab_size=manifest["tokenizer"]["vocab_size"],
+      own=OWN[system],
+    )
+  )
+  command = type(project)(project.data, recipe).command
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  starter(command(whole), whole).finish()
+  process = starter(command(killed), killed)
+  process.wait_for_line(" step 8/")  # between two saves
+  process.kill()
+  assert checkpoint.list_steps(killed)[-1] >= 3
+  assert "finished" in starter(command(killed), killed).finish()
+  assert_equal(killed, whole)
+
+
+def assert_equal(found_dir: pathlib.Path, expected_dir: pathlib.Path) -> None:
+  """The same last weights, bit for bit, and the same metrics."""
+  found, expected = map(checkpoint.restore_params, (found_dir, expected_dir))
   assert found.step == expected.step
   for name, array in checkpoint.flatten(expected.params).items():
     np.testing.assert_array_equal(
       checkpoint.flatten(found.params)[name], array, err_msg=name
     )
-  assert read_metrics(workdir) == read_metrics(trained.workdir)
+  assert read_metrics(found_dir) == read_metrics(expected_dir)
 
 
 def test_a_kill_during_a_save_leaves_only_whole_checkpoints_visible(

@@ -9,12 +9,13 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 from glscl_jax import config as config_lib
 from glscl_jax import errors
 from glscl_jax.data import sources
-from glscl_jax.export import report
+from glscl_jax.export import reconstruction, report
 from glscl_jax.export import weights as weights_lib
 from glscl_jax.tasks import results
 from launch import evaluate as evaluate_launcher
@@ -258,6 +259,20 @@ def test_masked_words_are_guessed_with_the_drawing_and_without(pages):
   assert section.count("&lt;mask&gt;") >= 2
   assert section.count("<li") >= 2 * 2 * 5
   assert re.search(r"% of \d+ masked tokens with the drawing", section)
+
+
+def test_numbers_beside_the_patches_are_told_with_their_errors():
+  own = np.array([1.0, 2.0, 3.0, 4.0])
+  found = reconstruction.Completions(
+    shown=(), error_A=own, other_error_A=own + [1, 1, -1, 3]
+  )
+  text = report._compare_errors(found, "TG-MIM")
+  assert "2.5000 from the own caption, 3.5000 from another one" in text
+  # Deviations 0, 0, -2, 2: root of their mean square, over root four.
+  assert f"difference 1.0000, standard error {2**0.5 / 2:.4f}" in text
+  assert "lower for 75 % of the drawings, standard error 22 %" in text
+  same = dataclasses.replace(found, other_error_A=own)
+  assert "it is not read" in report._compare_errors(same, "MIM")
 
 
 def test_sections_of_other_systems_are_not_there(page, pages):

@@ -81,13 +81,19 @@ def test_rows_start_alike_and_take_equally_many_steps(tmp_path):
 def test_a_row_is_asked_only_what_it_has_learned(tmp_path):
   reranks = {
     job.name: [option(command, "rerank") for command in job.commands[1:]]
-    for job in make_plan(tmp_path, seeds=1)
+    for suite in ("maskvlm", "glscl")
+    for job in make_plan(tmp_path, suite=suite, seeds=1)
   }
+  asked = {
+    job.name: " ".join(job.commands[-1])
+    for job in make_plan(tmp_path, suite="cmal", seeds=1)
+  }
+  assert "--task=anchors" in asked["itm_wrc-seed0"]
+  assert "--task" not in asked["uniter-seed0"]
   assert reranks["itc-seed0"] == ["none"]
   assert reranks["mlm_mim-seed0"] == []
-  assert reranks["maskvlm-seed0"] == ["none", "full"]
-  meter = make_plan(tmp_path, suite="glscl", rows=["meter"], seeds=1)[-1]
-  assert [option(c, "rerank") for c in meter.commands[1:]] == ["full"]
+  assert reranks["maskvlm-seed0"] == ["none,full"]
+  assert reranks["meter-seed0"] == ["full"]
 
 
 def test_overrides_are_flags_that_training_takes(tmp_path):
@@ -231,5 +237,6 @@ def test_the_table_holds_means_spreads_chance_and_the_paper(tmp_path):
   assert cells["chance"] == "1.0"
   assert "3 seeds" in text and "< + MGSC + MLTC" in text
   assert (tmp_path / ablation_table.PLOT).read_bytes().startswith(b"<?xml")
+  assert "3 seeds" in text
   (column,) = json.loads((tmp_path / ablation_table.NUMBERS).read_text())
   assert column["values"]["meter_itc"] == [0.1, 0.2, 0.3]

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,3 +145,33 @@ def test_a_convolution_multiplies_rounded_operands_and_sums_in_float32(
   for a, b in zip(found, expected, strict=True):
     assert a.dtype == jnp.float32
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+ONE_DEVICE = """
+import jax, jax.numpy as jnp
+from glscl_jax.models import products
+
+def loss(x_AD, table_VD):
+  kernel_DV = products.transpose(table_VD)
+  return products.dot(x_AD, kernel_DV, dtype="bfloat16").sum()
+
+shapes = (24, 128), (1518, 128)
+x_AD, table_VD = (jnp.ones(shape) for shape in shapes)
+grads = jax.jit(jax.grad(loss, (0, 1)))(x_AD, table_VD)
+print([float(g[0, 0]) for g in grads])
+"""
+
+
+def test_a_tied_table_is_multiplied_in_bfloat16_on_one_cpu_device():
+  """XLA folds a plain transpose into a product that it cannot run there."""
+  root = pathlib.Path(__file__).resolve().parents[2]
+  done = subprocess.run(
+    [sys.executable, "-c", ONE_DEVICE],
+    capture_output=True,
+    text=True,
+    cwd=root,
+    env={**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"},
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert json.loads(done.stdout) == [1518.0, 24.0]

@@ -115,3 +115,13 @@ def test_the_halves_are_complements(kind):
     jnp.asarray(SCORES[kind].astype(np.float32)), num_high=4, num_low=4
   )
   np.testing.assert_array_equal(found.high_BJ, found.keep_BM)
+
+
+def test_halves_of_an_odd_number_share_the_patch_in_the_middle():
+  """Nine patches: five are `high`, five `low`, four kept."""
+  scores = np.random.default_rng(2).standard_normal((B, 9)).astype(np.float32)
+  scores[1] = 0.0
+  found = attentive.split(jnp.asarray(scores), num_high=5, num_low=5)
+  order = np.argsort(-scores, axis=1, kind="stable")
+  np.testing.assert_array_equal(found.high_BJ, order[:, :5])
+  np.testing.assert_array_equal(found.keep_BM, order[:, :4])

@@ -11,8 +11,10 @@ import pytest
 
 from glscl_jax.models.sycoca import SyCoCa
 from glscl_jax.models.transformer import CocaBlock
-from glscl_jax.systems import registry, sycoca
+from glscl_jax.systems import inputs, registry, sycoca
+from glscl_jax.tasks import captioning, decoding
 from tests import random_pairs
+from tests.tasks import decoding_test
 
 
 def make(**options):
@@ -91,6 +93,48 @@ def test_captions_of_one_image_go_their_own_ways():
     np.testing.assert_allclose(
       found[row], alone(row // 2, [first, 20]), atol=1e-5
     )
+
+
+def test_captions_are_those_of_a_slow_search_without_a_cache():
+  config, params = make(depth=1, scan=False)
+  params["caption_head"]["fc"]["kernel"][:, random_pairs.END] *= 3
+  batch = random_pairs.batch(config)
+  never = (random_pairs.START, random_pairs.PAD, 63)
+  options = decoding.Options(beam=3, max_tokens=6, min_tokens=2)
+  run = functools.partial(
+    captioning.caption,
+    config=config,
+    marks=captioning.Marks(
+      start=random_pairs.START, end=random_pairs.END, never=never
+    ),
+    options=options,
+  )
+  found = jax.jit(run)(params, inputs.see_images(batch))
+
+  @jax.jit
+  def logits_of(params, batch):
+    def method(model):
+      encoded = sycoca.encode(model, batch, config)
+      context = sycoca.Context(model, batch, encoded, None, config)
+      return sycoca.caption_logits(context)
+
+    return SyCoCa(config.model).apply({"params": params}, method=method)
+
+  for image in range(3):
+
+    def next_logits(words, image=image):
+      said = [random_pairs.START, *words]
+      ids_BT = np.full((3, 10), random_pairs.PAD, np.int32)
+      ids_BT[:, : len(said)] = said
+      valid_BT = np.tile(np.arange(10) < len(said), (3, 1))
+      one = random_pairs.change(
+        batch, text_ids_BT=ids_BT, text_valid_BT=valid_BT
+      )
+      return np.asarray(logits_of(params, one)[image, len(words)])
+
+    words, score = decoding_test.slow_search(next_logits, options, never)
+    assert found.ids_BL[image, : found.length_B[image]].tolist() == words
+    assert float(found.score_B[image]) == pytest.approx(score, rel=1e-4)
 
 
 def test_keys_of_the_image_are_made_once(monkeypatch):

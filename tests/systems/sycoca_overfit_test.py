@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from glscl_jax.systems import inputs
 from glscl_jax.tasks import captioning, decoding
 from tests import overfit, random_pairs
 
@@ -96,7 +97,7 @@ def test_captions_known_by_heart_are_written(beam, trained, batch):
   write = functools.partial(
     captioning.caption, config=CONFIG, marks=marks, options=options
   )
-  found = jax.jit(write)(trained.params, batch.image_BYXC)
+  found = jax.jit(write)(trained.params, inputs.see_images(batch))
   np.testing.assert_array_equal(found.length_B, 3)
   right_B = np.all(found.ids_BL == batch.text_ids_BT[:, 1:], axis=1)
   # Not all of them: in training captions read half of the patches.

@@ -91,6 +91,7 @@ def test_greedy_is_a_protocol_of_its_own():
     (("--max_tokens=3",), "min_tokens 5 is more than max_tokens 3"),
     (("--decode=greedy", "--beam=3"), "--beam is of --decode=beam"),
     (("--rerank=itm",), "--rerank is of --task=retrieval, but this is"),
+    (("--limit=3",), "--limit is of --task=retrieval"),
     (("--decode=nucleus",), "value should be one of <beam|greedy>"),
   ],
 )

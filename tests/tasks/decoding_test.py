@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -68,35 +69,39 @@ def search(logits, options):
   ]
 
 
-def slow_search(logits, said, options):
-  """One image, with lists; the rules in the order they are written."""
+def slow_search(next_logits, options, never=NEVER):
+  """One image, with lists; the rules in the order they are written.
+
+  `next_logits(words)`: what follows these words, after the start.
+  """
   alpha, beam = options.length_power, options.beam
-  live, ended = [(0.0, [], said)], []
+  live, ended = [(0.0, [])], []
   for count in range(1, options.max_tokens + 1):
     found = []
-    for total, words, past in live:
-      row = scipy.special.log_softmax(logits[past].astype(float))
-      for word in range(WORDS):
+    for total, words in live:
+      row = scipy.special.log_softmax(next_logits(words).astype(float))
+      for word in range(len(row)):
         early = word == END and count < options.min_tokens
-        if word not in NEVER and not early:
-          found.append((total + row[word], [*words, word], past))
+        if word not in never and not early:
+          found.append((total + row[word], [*words, word]))
     found = sorted(found, key=lambda item: -item[0])[: 2 * beam]
-    for total, words, _ in found[:beam]:
+    for total, words in found[:beam]:
       if words[-1] == END:
         ended.append((total / count**alpha, words))
     ended = sorted(ended, key=lambda item: -item[0])[:beam]
-    live = [
-      (total, words, say(past, words[-1]))
-      for total, words, past in found
-      if words[-1] != END
-    ][:beam]
+    live = [item for item in found if item[1][-1] != END][:beam]
     bound = live[0][0] / options.max_tokens**alpha
     if len(ended) == beam and bound <= ended[-1][0]:
       break
   else:
-    ended += [(total / count**alpha, words) for total, words, _ in live]
+    ended += [(total / count**alpha, words) for total, words in live]
   score, words = max(ended, key=lambda item: item[0])
   return words, score
+
+
+def spoken(logits, said):
+  """`next_logits` of a made-up language."""
+  return lambda words: logits[functools.reduce(say, words, said)]
 
 
 CASES = {
@@ -119,7 +124,7 @@ def test_the_search_is_that_of_the_slow_one(name):
   options, end = CASES[name]
   logits = language(end=end)
   for said, (words, score) in enumerate(search(logits, options)):
-    expected, best = slow_search(logits, said, options)
+    expected, best = slow_search(spoken(logits, said), options)
     assert words == expected
     assert score == pytest.approx(best, rel=1e-5)
 
@@ -164,7 +169,7 @@ def test_a_longer_caption_may_beat_one_that_ended():
   for power, expected in ((0.0, [END]), (1.0, [4, 5, 6, END])):
     options = Options(beam=2, max_tokens=6, min_tokens=1, length_power=power)
     assert search(logits, options)[0][0] == expected
-    assert slow_search(logits, 0, options)[0] == expected
+    assert slow_search(spoken(logits, 0), options)[0] == expected
 
 
 @pytest.mark.parametrize(

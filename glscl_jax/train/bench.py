@@ -1,0 +1,197 @@
+"""How fast a recipe trains here: the step alone, the data alone, both.
+
+The step is the run's own, on a real batch: `launch/bench.py` measures what
+`launch/train.py` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from glscl_jax import config as config_lib
+from glscl_jax.data import pipeline
+from glscl_jax.systems import registry
+from glscl_jax.train import loop, metrics
+from glscl_jax.train import state as state_lib
+from glscl_jax.train import step as step_lib
+
+WARM_UP = 3  # steps, and batches, before anything is timed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spread:
+  """Seconds of a repeated piece of work."""
+
+  median: float
+  fastest: float
+  slowest: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figures:
+  """What one bench has measured."""
+
+  system: str
+  devices: str  # number and kind
+  jax: str  # version
+  batch_size: int
+  num_params: int
+  compile_seconds: float
+  state_mib: float  # state and batch of a device
+  temporary_mib: float  # of a device, beside them
+  step_seconds: Spread
+  samples_per_second: float
+  gflop_per_sample: float  # forward and backward of the model, no recomputing
+  peak: str  # what MFU is a share of
+  mfu: float | None
+  matmul_tflops: float  # a large product of these devices, measured here
+  share_of_matmul: float
+  data_samples_per_second: float  # of the pipeline alone
+  data_wait: float  # share of the time in which steps wait for batches
+
+  def to_json(self) -> str:
+    """As one object."""
+    return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def bench(
+  config: config_lib.Config,
+  *,
+  num_steps: int,
+  say: Callable[[str], None] = print,
+) -> Figures:
+  """Measures a recipe on the devices and the data that it names.
+
+  Args:
+    config: the run's; nothing is written.
+    num_steps: steps, and batches, that are timed.
+    say: called with each stage.
+
+  Raises:
+    UserError: what a start of the training would fail with.
+  """
+  inputs = loop.open_inputs(config)
+  try:
+    mesh = inputs.mesh
+    batch = pipeline.global_batch(next(inputs.iterator), mesh)
+    state = state_lib.make_state(config, mesh)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    say(f"compiling the step of {num_params:,} parameters")
+    started = time.perf_counter()
+    step = step_lib.make_train_step(config, mesh).lower(state, batch).compile()
+    compiled = time.perf_counter() - started
+    say(f"compiled in {compiled:.1f} s; timing {num_steps} steps")
+    state, seconds = _time_steps(step, state, batch, num_steps)
+    say(f"timing {num_steps} batches of the pipeline")
+    data_seconds = _time_data(inputs.iterator, num_steps)
+    say(f"timing {num_steps} steps, each with a batch of its own")
+    data_wait = _time_both(step, state, inputs, num_steps)
+  finally:
+    inputs.iterator.close()
+  size = config.data.batch_size
+  flops = registry.find(config).forward(config).step
+  rate = size / seconds.median * flops
+  dtype = config.model.compute_dtype
+  devices = list(mesh.devices.flat)
+  peak = metrics.find_peak(devices, compute_dtype=dtype)
+  matmul = metrics.measure_matmul(dtype) * (
+    1 if devices[0].platform == "cpu" else len(devices)
+  )
+  memory = step.memory_analysis()
+  return Figures(
+    system=config.system,
+    devices=f"{len(devices)} x {devices[0].device_kind}",
+    jax=jax.__version__,
+    batch_size=size,
+    num_params=num_params,
+    compile_seconds=compiled,
+    state_mib=memory.argument_size_in_bytes / 2**20,
+    temporary_mib=memory.temp_size_in_bytes / 2**20,
+    step_seconds=seconds,
+    samples_per_second=size / seconds.median,
+    gflop_per_sample=flops / 1e9,
+    peak=peak.source,
+    mfu=None if peak.flops is None else rate / peak.flops,
+    matmul_tflops=matmul / 1e12,
+    share_of_matmul=rate / matmul,
+    data_samples_per_second=size / data_seconds,
+    data_wait=data_wait,
+  )
+
+
+def format_figures(found: Figures) -> str:
+  """For people."""
+  step = found.step_seconds
+  mfu = "" if found.mfu is None else f"MFU {100 * found.mfu:.1f} % of "
+  return "\n".join(
+    [
+      f"{found.system}, batch {found.batch_size}, {found.devices}, jax "
+      f"{found.jax}, {found.num_params:,} parameters",
+      f"  step      {1e3 * step.median:.1f} ms median "
+      f"({1e3 * step.fastest:.1f} to {1e3 * step.slowest:.1f}), "
+      f"{found.samples_per_second:.1f} samples/s",
+      f"  work      {found.gflop_per_sample:.2f} GFLOP a sample; {mfu}"
+      f"{found.peak}",
+      f"  matmul    {100 * found.share_of_matmul:.1f} % of the "
+      f"{found.matmul_tflops:.3g} TFLOP/s of a large product here",
+      f"  memory    {found.state_mib:.0f} MiB state and batch, "
+      f"{found.temporary_mib:.0f} MiB temporary, a device",
+      f"  compile   {found.compile_seconds:.1f} s",
+      f"  data      {found.data_samples_per_second:.1f} samples/s alone; steps "
+      f"wait {100 * found.data_wait:.1f} % of the time",
+    ]
+  )
+
+
+def _time_steps(
+  step: Any, state: state_lib.TrainState, batch: Any, count: int
+) -> tuple[state_lib.TrainState, Spread]:
+  """Each step to its end, the same batch again and again."""
+  seconds = []
+  for _ in range(WARM_UP + count):
+    started = time.perf_counter()
+    state, values = step(state, batch)
+    jax.block_until_ready(values)
+    seconds.append(time.perf_counter() - started)
+  timed = seconds[WARM_UP:]
+  return state, Spread(
+    median=statistics.median(timed), fastest=min(timed), slowest=max(timed)
+  )
+
+
+def _time_data(iterator: pipeline.TrainIterator, count: int) -> float:
+  """Seconds a batch, where nobody else works."""
+  for _ in itertools.islice(iterator, WARM_UP):
+    pass
+  started = time.perf_counter()
+  for _ in itertools.islice(iterator, count):
+    pass
+  return (time.perf_counter() - started) / count
+
+
+def _time_both(
+  step: Any, state: state_lib.TrainState, inputs: loop.Inputs, count: int
+) -> float:
+  """The share of the time in which the next batch was not there yet."""
+  waited, values, started = 0.0, None, 0.0
+  for number in range(WARM_UP + count):
+    if number == WARM_UP:
+      jax.block_until_ready(values)
+      waited, started = 0.0, time.perf_counter()
+    began = time.perf_counter()
+    local = next(inputs.iterator)
+    waited += time.perf_counter() - began
+    batch = pipeline.global_batch(local, inputs.mesh)
+    # As in training: one step runs while the next batch is fetched.
+    jax.block_until_ready(values)
+    state, values = step(state, batch)
+  jax.block_until_ready(values)
+  return waited / (time.perf_counter() - started)
