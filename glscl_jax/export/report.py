@@ -696,8 +696,8 @@ def _words(
 
 def _word_row(found: reconstruction.MaskedText) -> str:
   lists = "".join(
-    f"<p>with the drawing</p>{_guesses(one.word, one.by_image)}"
-    f"<p>without</p>{_guesses(one.word, one.by_blank)}"
+    f"<p>with the drawing</p>{_guesses(one.by_image)}"
+    f"<p>without</p>{_guesses(one.by_blank)}"
     for one in found.guesses
   )
   return (
@@ -706,10 +706,11 @@ def _word_row(found: reconstruction.MaskedText) -> str:
   )
 
 
-def _guesses(word: str, guesses: Sequence[tuple[str, float]]) -> str:
+def _guesses(guesses: Sequence[reconstruction.Candidate]) -> str:
   items = "".join(
-    f"<li{_right({'match': name == word})}>{_text(name)}<i>{share:.2f}</i></li>"
-    for name, share in guesses
+    f"<li{_right({'match': one.right})}>{_text(one.name)}"
+    f"<i>{one.probability:.2f}</i></li>"
+    for one in guesses
   )
   return f"<ol>{items}</ol>"
 
