@@ -17,7 +17,7 @@ from glscl_jax import config as config_lib
 from glscl_jax import types
 from glscl_jax.data import pairs, pipeline, regions, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
-from glscl_jax.systems import registry
+from glscl_jax.systems import cmal_flops, registry
 from tests.data import tiny_regions
 
 NUM_RECORDS = 12
@@ -138,6 +138,23 @@ def test_a_batch_holds_regions_and_no_image(config, tokenizer):
   found = {name: (a.dtype.type, a.shape[1:]) for name, a in batch.items()}
   assert found == shapes
   assert {len(array) for array in batch.values()} == {18}
+
+
+@pytest.mark.parametrize(
+  ("objective", "swap", "array"),
+  [
+    ("amc", "both", "amc_labels_BJ"),
+    ("mlm", "text", "amc_labels_BJ"),
+    ("mlm", "none", "mlm_labels_BJ"),
+  ],
+)
+def test_the_words_whose_flops_are_counted_are_those_of_a_batch(
+  config, tokenizer, objective, swap, array
+):
+  config = change(config, "masking", swap=swap)
+  config = with_objectives(config, **{objective: 1.0})
+  (batch,) = take(config, tokenizer)
+  assert cmal_flops.count_words(objective, config) == batch[array].shape[1]
 
 
 def test_rows_hold_the_regions_of_their_record(config, tokenizer, data_dir):
