@@ -252,7 +252,7 @@ def _pieces(
   """Tokens that are a part of a class's name."""
   for number, unit in enumerate(_tokens(tokens, unknown_id)):
     piece = int(tokens.ids_T[unit.first])
-    if piece in names.pieces:
+    if piece in names.pieces and not unit.is_mark:
       yield unit, names.pieces[piece], range(number, number + 1)
 
 
