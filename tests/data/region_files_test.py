@@ -158,6 +158,10 @@ def test_a_line_that_was_cut_says_why(tmp_path):
     ({"features": np.zeros((11, 6))}, "features: shape"),
     ({"features": np.full((12, 6), 1e6)}, "features: not finite"),
     ({"conf": np.array([{}] * 12)}, "9.npz is not readable"),
+    ({"conf": np.array(["a"] * 12)}, "9.npz, conf: <U1 are no numbers"),
+    ({"conf": np.zeros(())}, "9.npz, conf: 0 dimensions, expected 1"),
+    ({"features": np.zeros(())}, "features: 0 dimensions, expected 2"),
+    ({"soft_labels": np.full((12, 6), np.nan)}, "soft_labels: not finite"),
   ],
 )
 def test_a_broken_file_says_why(tmp_path, changes, reason):
