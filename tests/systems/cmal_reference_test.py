@@ -138,15 +138,14 @@ class Reference:
     return [
       int(r)
       for r in batch.amc_region_BJ[b][batch.amc_region_ok_BJ[b]]
-      if batch.region_class_BR[b, r] > 0 and not (shown and int(r) in anchors)
+      if not (shown and int(r) in anchors)
     ]
 
   def class_losses(self, b, states, slots):
     x = self.head("region_head", states[T:])
     logits = dense(self.p["region_head"]["fc2"], x)
-    return [
-      cross_entropy(logits[r], self.batch.region_class_BR[b, r]) for r in slots
-    ]
+    classes = self.batch.region_class_BR[b]
+    return [cross_entropy(logits[r], classes[r]) for r in slots if classes[r]]
 
   def feature_losses(self, b, states, slots):
     kernel = self.p["region"]["feature"]["kernel"]
