@@ -109,7 +109,6 @@ def make_names(
       for form in _forms(lower):
         if (piece := _whole_piece(form, tokenizer)) is not None:
           pieces[piece].add(number)
-  phrases.pop("", None)  # of a name that is marks alone
   return Names(phrases=_freeze(phrases), pieces=_freeze(pieces))
 
 
