@@ -230,7 +230,8 @@ class _Table(Reader):
       for line in progress.bar(file, name=f"index {self.path.name}"):
         if (start or not named) and line.strip():
           cells = line.split(b"\t", place + 1)
-          image = cells[min(place, len(cells) - 1)].decode(errors="replace")
+          cell = cells[min(place, len(cells) - 1)].rstrip(b"\r\n")
+          image = cell.decode(errors="replace")
           repeated += image in self._starts
           self._starts.setdefault(image, start)
         start += len(line)

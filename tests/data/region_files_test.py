@@ -98,6 +98,16 @@ def test_the_old_table_has_regions_without_classes(tmp_path):
   assert np.array_equal(read.feature_RP, features)
 
 
+def test_named_columns_may_come_in_any_order(tmp_path):
+  path = detector_files.write_tsv(
+    tmp_path / "t.tsv", ROWS, columns=detector_files.OLD[::-1], header=True
+  )
+  reader = open_reader(path)
+  assert len(reader.read("9").box_R4) == 12
+  path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n"))
+  assert len(open_reader(path).read("25").box_R4) == 40
+
+
 def test_long_lines_are_read(tmp_path):
   wide = detector_files.make(3, count=100, width=2048)
   rows = [detector_files.row_of(str(i), wide) for i in range(3)]
