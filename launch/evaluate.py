@@ -217,8 +217,11 @@ def _define_captioning(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_integer(
     "max_tokens",
-    captioning.Protocol.max_tokens,
-    "captioning: of a caption, with the end.",
+    None,
+    "captioning: of a caption, with the end (default: "
+    f"{captioning.Protocol.max_tokens}, or fewer where the texts of the "
+    "training were shorter).",
+    lower_bound=1,
     flag_values=values,
   )
   flags.DEFINE_integer(
@@ -516,7 +519,8 @@ def _caption(
       decode=values.decode,
       beam=values.beam,
       length_power=values.length_power,
-      max_tokens=values.max_tokens,
+      max_tokens=values.max_tokens
+      or min(captioning.Protocol.max_tokens, captioning.longest(model.config)),
       min_tokens=values.min_tokens,
     ),
     output=output,

@@ -64,6 +64,11 @@ class Protocol:
     }
 
 
+def longest(config: config_lib.Config) -> int:
+  """Tokens behind the start that the model has been trained on."""
+  return config.model.text.max_length - 1
+
+
 def check(config: config_lib.Config, protocol: Protocol) -> None:
   """Raises CaptioningError unless the model writes captions of that length."""
   if registry.find(config).begin_captions is None:
@@ -74,11 +79,11 @@ def check(config: config_lib.Config, protocol: Protocol) -> None:
     raise CaptioningError(
       "the model was trained with objectives.ic = 0 and has no caption decoder"
     )
-  longest = config.model.text.max_length - 1
-  if protocol.max_tokens > longest:
+  most = longest(config)
+  if protocol.max_tokens > most:
     raise CaptioningError(
       f"--max_tokens={protocol.max_tokens}: the model was trained on texts of "
-      f"at most {longest} tokens behind the start: --max_tokens={longest}"
+      f"at most {most} tokens behind the start: --max_tokens={most}"
     )
 
 

@@ -111,12 +111,27 @@ def test_a_recipe_that_is_not_there_is_named(project, tmp_path):
 @pytest.mark.parametrize(
   ("recipe", "message"),
   [
-    ("glscl_base.py:abblation", "the recipes are ablation and main"),
+    (
+      "glscl_base.py:abblation",
+      "the recipes are ablation, main, meter, meter_itc, scl, glscl",
+    ),
     ("scl_base.py:x", "the recipes are ablation and main"),
-    ("quickstart.py:x", "the stages are towers and glscl"),
-    ("maskvlm_base.py:x", "the recipes are main and ablation"),
+    (
+      "quickstart.py:x",
+      "the stages are glscl_towers, glscl, maskvlm_towers, maskvlm, "
+      "sycoca, cmal",
+    ),
+    (
+      "maskvlm_base.py:x",
+      "the recipes are main, ablation, itc, itc_itm, mlm, mim, mlm_mim, "
+      "maskvlm, albef_like",
+    ),
     ("maskvlm_tiny.py:x", "this recipe takes no argument"),
-    ("sycoca_base.py:x", "the recipes are main, ablation, coca and clip"),
+    (
+      "sycoca_base.py:x",
+      "the recipes are main, ablation, clip, coca, coca_attentive, "
+      "mim_random, mim_attentive, tg_mim_random, sycoca",
+    ),
     ("sycoca_tiny.py:x", "this recipe takes no argument"),
     ("tiny.py:x", "this recipe takes no argument"),
   ],

@@ -11,7 +11,9 @@ import time
 import numpy as np
 import pytest
 
+from glscl_jax.data import tokenizer
 from glscl_jax.train import checkpoint
+from tests.data import tiny_regions
 from tests.end_to_end import child
 
 NUM_KILLS = 10
@@ -81,6 +83,9 @@ OWN = {
   "maskvlm": "c.model.text.dropout = c.model.fusion.dropout = 0.1",
   # The first steps split at random, the others by the captions.
   "sycoca": "c.masking.mask_warmup_steps = 6; c.model.fusion.text_depth = 1",
+  # Each step draws its objective.
+  "cmal": "c.model.region.number, c.model.region.feature_width, "
+  "c.model.region.num_classes = 5, 6, 5; c.model.fusion.depth = 1",
 }
 
 
@@ -88,17 +93,20 @@ OWN = {
 def test_a_killed_run_of_another_system_ends_bit_equal(
   system, project, starter, tmp_path
 ):
-  manifest = json.loads((project.data / "manifest.json").read_text())
+  data = project.data
+  if system == "cmal":
+    records = [tiny_regions.make_record(number) for number in range(24)]
+    data = tiny_regions.write(tmp_path / "regions", records)
   recipe = tmp_path / "recipe.py"
   recipe.write_text(
     textwrap.dedent(RECIPE).format(
       system=system,
-      data=str(project.data),
-      vocab_size=manifest["tokenizer"]["vocab_size"],
+      data=str(data),
+      vocab_size=tokenizer.load(data / "tokenizer.model").vocab_size,
       own=OWN[system],
     )
   )
-  command = type(project)(project.data, recipe).command
+  command = type(project)(data, recipe).command
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   starter(command(whole), whole).finish()
   process = starter(command(killed), killed)

@@ -13,8 +13,8 @@ CONFIG = random_regions.config(
   depth=3,
   batch_size=overfit.NUM_PAIRS,
   max_length=5,
-  region=config_lib.RegionConfig(number=3, feature_width=16, num_classes=20),
-  num_steps=400,
+  region=config_lib.RegionConfig(number=3, feature_width=64, num_classes=44),
+  num_steps=500,
   # In 64 dimensions the cosines of random vectors are no small ones.
   itc_temperature=0.3,
   scan=False,
@@ -38,24 +38,23 @@ LOSSES = ("amc", "wrc", "itm")
 
 @pytest.fixture(scope="module")
 def batch():
-  """Words 10 .. 17 and 20 .. 23 name the classes 1 .. 8 and 9 .. 12.
+  """Each pair has a word of its own, 10 .., and so has its region's class.
 
-  Each pair of them is there once, beside a word and a region without a name.
-  A feature is that of its class, and a little of its own.
+  Of the other regions one is named by one of four words, 45 ..; one has no
+  name. A feature is that of its class, and a little of its own.
   """
   rng = np.random.default_rng(0)
-  features = rng.standard_normal((21, 16))
+  features = rng.standard_normal((45, 64))
   rows = []
   for index in range(overfit.NUM_PAIRS):
-    first, second = index % 8, index // 8
-    classes = np.array([1 + first, 9 + second, 13 + first])
+    classes = np.array([1 + index, 33 + index // 8, 37 + index % 8])
     order = rng.permutation(3)
     rows.append(
       random_regions.sample(
         CONFIG,
         rng,
-        words=np.array([10 + first, 20 + second, 30 + first]),
-        features=features[classes[order]] + 0.1 * rng.standard_normal((3, 16)),
+        words=np.array([10 + index, 45 + index // 8, 50 + index % 8]),
+        features=features[classes[order]] + 0.1 * rng.standard_normal((3, 64)),
         classes=classes[order],
         anchors=[(word, int(np.argmax(order == word))) for word in (0, 1)],
         index=index,

@@ -37,7 +37,6 @@ def test_captions_are_written_with_references_and_lineage(work):
     "--task=captioning",
     "--splits=test",
     "--beam=2",
-    "--max_tokens=8",
     "--batch_size=3",
   )
   assert code == 0, err
@@ -87,7 +86,10 @@ def test_greedy_is_a_protocol_of_its_own():
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ((), "--max_tokens=30: the model was trained on texts of at most 8"),
+    (
+      ("--max_tokens=30",),
+      "--max_tokens=30: the model was trained on texts of at most 8",
+    ),
     (("--max_tokens=3",), "min_tokens 5 is more than max_tokens 3"),
     (("--decode=greedy", "--beam=3"), "--beam is of --decode=beam"),
     (("--rerank=itm",), "--rerank is of --task=retrieval, but this is"),
