@@ -201,6 +201,7 @@ def test_anchors_and_masks_agree_with_each_other(config, tokenizer):
       assert row["region_valid_BR"][asked].all() and len(asked)
       # Each anchor is a pair of WRC.
       pair_ok = row["pair_ok_BA"]
+      assert row["region_valid_BR"][row["pair_region_BA"][pair_ok]].all()
       pair = zip(
         row["pair_pos_BA"][pair_ok].tolist(),
         row["pair_region_BA"][pair_ok].tolist(),
@@ -300,6 +301,22 @@ def test_anchors_are_hidden_where_nothing_is_swapped(config, tokenizer):
     assert batch["hidden_region_BR"][row, batch["anchor_region_BA"][row, slot]]
     position = batch["anchor_pos_BA"][row, slot]
     assert batch["amc_ids_BT"][row, position] == tokenizer.mask_id
+
+
+def test_words_that_keep_their_content_are_neither_masked_nor_asked(
+  config, tokenizer
+):
+  config = change(config, "masking", swap="image", mlm_rate=0.0)
+  (batch,) = take(config, tokenizer)
+  anchored = batch["anchor_ok_BA"].any(axis=1)
+  assert anchored.any()
+  # Where nothing else is asked the first word of no anchor is masked.
+  changed = (batch["amc_ids_BT"] != batch["text_ids_BT"]).sum(axis=1)
+  asked = batch["amc_ok_BJ"].sum(axis=1)
+  assert (changed[anchored] == 1).all() and (asked[anchored] == 1).all()
+  slots = np.where(batch["amc_ok_BJ"], batch["amc_pos_BJ"], -1)
+  anchors = np.where(batch["anchor_ok_BA"], batch["anchor_pos_BA"], -2)
+  assert not (slots[:, :, None] == anchors[:, None, :]).any()
 
 
 def test_longer_padding_changes_nothing_but_the_padding(config, tokenizer):
