@@ -225,6 +225,26 @@ def test_the_rest_of_a_phrase_is_masked(config, tokenizer):
 
 
 @pytest.mark.parametrize(
+  ("name", "value", "array"),
+  [
+    ("anchors", "random", "anchor_pos_BA"),
+    ("anchor_match", "piece", "anchor_pos_BA"),
+    ("anchor_region", "random", "anchor_region_BA"),
+    ("max_anchors", 1, "anchor_ok_BA"),
+    ("max_pairs", 1, "pair_ok_BA"),
+  ],
+)
+def test_rows_follow_the_rules_for_anchors(
+  config, tokenizer, name, value, array
+):
+  (usual,) = take(config, tokenizer)
+  (other,) = take(change(config, "masking", **{name: value}), tokenizer)
+  assert not np.array_equal(usual[array], other[array])
+  if name.startswith("max_"):
+    assert other[array].shape[1] == 1
+
+
+@pytest.mark.parametrize(
   ("objective", "swap", "names"),
   [
     ("amc", "both", {*ANCHORS, *WORDS, *HIDDEN}),
