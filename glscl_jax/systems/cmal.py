@@ -260,21 +260,24 @@ def asked_words(batch: Batch, config: Config) -> Asked:
 
 
 def asked_regions(batch: Batch, config: Config) -> Asked:
-  """Anchors' regions that a word has replaced, and hidden regions.
-
-  The background, class 0, is never asked for.
-  """
+  """Anchors' regions that a word has replaced, and hidden regions."""
   classes_BJ = jnp.take_along_axis(
     batch.region_class_BR, batch.amc_region_BJ, axis=1
   )
   return _ask(
     batch.amc_region_BJ,
     classes_BJ,
-    batch.amc_region_ok_BJ & (classes_BJ > 0),
+    batch.amc_region_ok_BJ,
     batch.anchor_region_BA,
     batch.anchor_ok_BA,
     shown=_shown("image", config),
   )
+
+
+def asked_classes(batch: Batch, config: Config) -> Asked:
+  """Of `asked_regions` those of a class: the background, 0, is no target."""
+  asked = asked_regions(batch, config)
+  return dataclasses.replace(asked, ok_BJ=asked.ok_BJ & (asked.labels_BJ > 0))
 
 
 def _word_logits(context: Context, states_BLD, index_BJ) -> jax.Array:
@@ -315,7 +318,7 @@ def _words(context: Context, name: str, prefix: str) -> terms.Term:
 
 
 def _regions(context: Context, name: str, prefix: str) -> terms.Term:
-  asked = asked_regions(context.batch, context.config)
+  asked = asked_classes(context.batch, context.config)
   rows_BJD = _region_rows(context, context.states[name], asked.index_BJ)
   return _classify(prefix, context.model.region_head(rows_BJD), asked, "hidden")
 
@@ -362,7 +365,10 @@ def _mrc(context: Context) -> terms.Term:
 
 
 def _mrfr(context: Context) -> terms.Term:
-  """MRFR = mean over values of (feature(H) - f)^2: the text is complete."""
+  """MRFR = mean over values of (feature(H) - f)^2: the text is complete.
+
+  Regions of no class have a feature too.
+  """
   asked = asked_regions(context.batch, context.config)
   rows_BJD = _region_rows(context, context.states["mrfr"], asked.index_BJ)
   loss = masked_regression.masked_regression(
@@ -653,7 +659,7 @@ def answer(params: Params, batch: Batch, *, config: Config) -> Answers:
     if "words" in source:
       words = _word_slots(context, source["words"])
     if "classes" in source:
-      asked = asked_regions(batch, config)
+      asked = asked_classes(batch, config)
       states_BLD = context.states[source["classes"]]
       rows_BJD = _region_rows(context, states_BLD, asked.index_BJ)
       classes = _slots(asked, model.region_head(rows_BJD))

@@ -172,14 +172,20 @@ def test_background_is_in_the_softmax_and_never_asked_for():
     region_class_BR[0] = 0
     return region_class_BR
 
-  asked = cmal.asked_regions(change(region_class_BR=background), CONFIG)
+  asked = cmal.asked_classes(change(region_class_BR=background), CONFIG)
   assert not np.any(asked.ok_BJ[0]) and np.any(asked.ok_BJ[1:])
   assert PARAMS["region_head"]["fc2"]["kernel"].shape == (64, 21)
-  last = cmal.asked_regions(
+  last = cmal.asked_classes(
     change(region_class_BR=lambda a: np.full_like(a, 20)), CONFIG
   )
   assert np.all(np.asarray(last.labels_BJ)[last.ok_BJ] == 20)
   assert np.sum(last.ok_BJ) == np.sum(BATCH.amc_region_ok_BJ)
+
+
+def test_features_are_asked_of_regions_of_no_class_too(normal):
+  _, losses = run(change(region_class_BR=np.zeros_like))
+  assert losses["mrc"] == 0
+  assert losses["mrfr"] == pytest.approx(normal[1]["mrfr"], rel=1e-6) != 0
 
 
 # --- what must not matter ---------------------------------------------------
