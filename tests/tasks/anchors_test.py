@@ -227,6 +227,22 @@ def test_models_of_other_anchors_are_asked_like_the_usual_one(
   assert_same_rows(*(measure(data, config).rows for config in configs))
 
 
+def test_of_captions_the_first_that_says_something_is_asked(tmp_path):
+  records = [
+    dataclasses.replace(make_record("test", n), captions=captions)
+    for n, captions in enumerate([("person, dog",), (" ", "a dog")])
+  ]
+  data = tiny_regions.write(tmp_path / "data", records)
+  found = measure(data, make_config(data))
+  assert set(found.samples.captions) == {"person, dog", "a dog"}
+  tokenizer = tokenizers.load(data / "tokenizer.model")
+  for caption, ids_T in zip(
+    found.samples.captions, found.rows["text_ids_BT"], strict=True
+  ):
+    own = tokenizer.encode(caption, len(ids_T)).ids_T
+    np.testing.assert_array_equal(ids_T, own)
+
+
 def test_captions_are_whole_whatever_part_of_them_the_training_sees(tmp_path):
   records = [
     dataclasses.replace(make_record("test", n), captions=("apple, red, dog",))
@@ -263,6 +279,7 @@ def test_ties_count_against_the_model():
   better_TR[2, 2], better_TR[5, 3] = 0.1, 0.9  # the latter is padding
   found = anchors.judge_pairs(better_TR, valid_R, pos_A, region_A)
   assert [p.right for p in found] == [True, False]
+  assert [p.best for p in found] == [2, 0]
   ones_BJ = np.ones((1, 2), bool)
   said = anchors.judge(
     Slots(
