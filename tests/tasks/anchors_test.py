@@ -228,13 +228,14 @@ def test_models_of_other_anchors_are_asked_like_the_usual_one(
 
 
 def test_of_captions_the_first_that_says_something_is_asked(tmp_path):
+  texts = ("a dog", "a person", "red apples", "person, dog")
   records = [
-    dataclasses.replace(make_record("test", n), captions=captions)
-    for n, captions in enumerate([("person, dog",), (" ", "a dog")])
+    dataclasses.replace(make_record("test", n), captions=(" ", text))
+    for n, text in enumerate(texts)
   ]
   data = tiny_regions.write(tmp_path / "data", records)
   found = measure(data, make_config(data))
-  assert set(found.samples.captions) == {"person, dog", "a dog"}
+  assert set(found.samples.captions) == set(texts)
   tokenizer = tokenizers.load(data / "tokenizer.model")
   for caption, ids_T in zip(
     found.samples.captions, found.rows["text_ids_BT"], strict=True
