@@ -169,7 +169,7 @@ def judge(
 
   Where other objectives read the own pairs anyway (`shared`), only the false
   ones are run: `own` comes first in the pairs then. Otherwise all, mixed.
-  A text for which the group holds nothing else is left out.
+  A text for which the group holds nothing else is shown its own.
   """
   label_key, draw_key = jax.random.split(key)
   x_BTD, valid_BT, y_BRD, valid_BR = own
@@ -179,12 +179,13 @@ def judge(
   index_B, found_B = matching.random_negatives(
     batch.identity_BM, draw_key, group
   )
+  labels_B = jnp.where(found_B, labels_B, 1)
   take = functools.partial(matching.take_from_group, group=group)
   if not shared:
     in_group_B = jnp.arange(len(labels_B), dtype=jnp.int32) % group
     shown_B = jnp.where(labels_B == 1, in_group_B, index_B)
     run = x_BTD, valid_BT, take(y_BRD, shown_B), take(valid_BR, shown_B)
-    return run, Judged(labels_B, found_B | (labels_B == 1))
+    return run, Judged(labels_B, jnp.ones_like(found_B))
   rows_J = matching.false_rows(labels_B, group)
   shown_J = take(index_B, rows_J)
   run = (
@@ -194,7 +195,8 @@ def judge(
     take(valid_BR, shown_J),
   )
   labels_A = jnp.concatenate([jnp.ones_like(labels_B), jnp.zeros_like(rows_J)])
-  ok_A = jnp.concatenate([labels_B == 1, take(found_B, rows_J)])
+  # Rows are as many whatever was found: the last ones may be true pairs.
+  ok_A = jnp.concatenate([labels_B == 1, take(labels_B, rows_J) == 0])
   return run, Judged(labels_A, ok_A)
 
 
