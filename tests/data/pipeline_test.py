@@ -106,7 +106,6 @@ def change_batch(config, size, **data):
       neg_group=size,
       mltc_image_group=size,
       mltc_text_group=size,
-      amc_pair_group=size,
     ),
   )
 
