@@ -14,14 +14,14 @@ CONFIG = random_regions.config(
   batch_size=overfit.NUM_PAIRS,
   max_length=5,
   region=config_lib.RegionConfig(number=3, feature_width=64, num_classes=44),
-  num_steps=500,
+  num_steps=700,
   # In 64 dimensions the cosines of random vectors are no small ones.
   itc_temperature=0.3,
   scan=False,
   objectives={
     "amc": 3.0,
     "wrc": 2.0,
-    "itm": 6.0,  # a step shows a text one false image of 31
+    "itm": 3.0,
     "neg_group": overfit.NUM_PAIRS,
     "itc_temperature_range": (0.02, 0.5),
   },
@@ -82,7 +82,7 @@ def test_each_loss_falls_below_a_tenth(name, trained):
 def test_the_loss_is_the_mean_of_the_objectives_by_weight(trained):
   for metrics in (trained.first, trained.last):
     amc, wrc, itm = (metrics[name] for name in LOSSES)
-    expected = (3 * amc + 2 * wrc + 6 * itm) / 11
+    expected = (3 * amc + 2 * wrc + 3 * itm) / 8
     assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["anchors_per_sample"] == 2
 
@@ -102,5 +102,6 @@ def test_matching_ranks_the_own_partner_first_both_ways(trained, batch):
   scores = overfit.scores(CONFIG, trained.params, batch)
   assert set(scores) == {"matching"}
   for rank in overfit.ranks(scores["matching"]):
-    # Which of the last pairs are told apart depends on how threads round.
-    assert np.sum(rank > 0) <= 2 and np.max(rank) <= 1
+    # A step shows half of the texts one false image of 31: whether the last
+    # pairs are told apart depends on how threads round.
+    assert np.sum(rank > 0) <= 3 and np.max(rank) <= 2
