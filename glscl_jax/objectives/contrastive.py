@@ -5,15 +5,20 @@
     info_nce = rows + cols  ("sum")  or half of it  ("mean")
 
 Means run over valid items of the whole batch, so the value does not depend on
-how the batch is spread over devices.
+how the batch is spread over devices. Similarities are never held as a whole:
+one pass over their blocks serves rows and columns (`objectives/blocks.py`), and
+a second one, written by hand, the gradients.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from glscl_jax.objectives import blocks
 
 SameImage = Literal["none", "ignore", "positive"]
 _NEVER = -1e30  # float32 logit of a pair that is not in the denominator
@@ -27,10 +32,19 @@ def normalize(x: jax.Array) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.maximum(square, 1e-16))
 
 
-def show_the_same(identity_AM: jax.Array) -> jax.Array:
-  """(A, A) bool: which rows of ids agree in any column."""
-  equal_AAM = identity_AM[:, None, :] == identity_AM[None, :, :]
-  return jnp.any(equal_AAM, axis=-1)
+def show_the_same(
+  identity_AM: jax.Array, other_AM: jax.Array | None = None
+) -> jax.Array:
+  """(A, A) bool: which rows of ids agree in any column.
+
+  With as many `other` ids, the second A are those.
+  """
+  other_AM = identity_AM if other_AM is None else other_AM
+  # Column by column: an array (A, A, M) is never needed as a whole.
+  columns = zip(identity_AM.T, other_AM.T, strict=True)
+  return functools.reduce(
+    jnp.logical_or, (a[:, None] == b[None, :] for a, b in columns)
+  )
 
 
 def scale_gradient(x: jax.Array, scale: float) -> jax.Array:
@@ -52,6 +66,7 @@ def info_nce(
   same_image: SameImage = "ignore",
   group: int | None = None,
   reduce: Literal["sum", "mean"] = "sum",
+  block: int | None = None,
 ) -> jax.Array:
   """InfoNCE of matching rows, both directions.
 
@@ -70,6 +85,8 @@ def info_nce(
     group: consecutive rows contrasted with each other; losses of groups are
       averaged. None, or more than there are: all rows.
     reduce: "sum" of the two directions or their "mean".
+    block: rows and columns of the similarities that a device holds at once;
+      see `blocks.sweep`. None: all.
 
   Returns:
     A scalar; 0 when nothing is valid.
@@ -78,62 +95,185 @@ def info_nce(
   if num_rows == 0:
     return jnp.zeros(())
   size = num_rows if group is None else min(group, num_rows)
-  ones_A = jnp.ones(num_rows, bool)
-  ids_A = jnp.arange(num_rows, dtype=jnp.int32)
-  columns = (
+  valid_A = jnp.ones(num_rows, bool) if valid_A is None else valid_A
+  index_A = jnp.arange(num_rows, dtype=jnp.int32)
+  twins = identity_AM is not None and same_image != "none"
+  marks = _Marks(
+    index=index_A,
+    label=jnp.where(valid_A, 1 + index_A // size, 0),
+    identity=identity_AM if twins else None,
+    sample=(index_A if sample_A is None else sample_A) if twins else None,
+  )
+  losses_A = _losses(
+    _Options(same_image, size, block),
     normalize(query_AE),
     normalize(key_AE),
-    ones_A if valid_A is None else valid_A,
-    ids_A[:, None] if identity_AM is None else identity_AM,
-    ids_A if sample_A is None else sample_A,
+    jnp.asarray(temperature, jnp.float32),
+    marks,
   )
-  grouped = jax.tree.map(
-    lambda a: a.reshape(num_rows // size, size, *a.shape[1:]), columns
-  )
-  losses_G = jax.vmap(
-    lambda *items: _one_group(*items, temperature, same_image)
-  )(*grouped)
-  total = jnp.mean(losses_G)
+  count_G = jnp.sum(valid_A.reshape(-1, size), axis=1, dtype=jnp.float32)
+  losses_G = jnp.sum(losses_A.reshape(-1, size), axis=1)
+  total = jnp.mean(losses_G / jnp.maximum(count_G, 1.0))
   return total if reduce == "sum" else 0.5 * total
 
 
-def _one_group(
-  query_AE, key_AE, valid_A, identity_AM, sample_A, temperature, same_image
-) -> jax.Array:
-  similarity_AA = (
+class _Options(NamedTuple):
+  """What is fixed when the program is made."""
+
+  same_image: SameImage
+  group: int
+  block: int | None
+
+
+class _Marks(NamedTuple):
+  """What decides which pairs count and which are positive, a row."""
+
+  index: jax.Array  # (A,) place among all rows
+  label: jax.Array  # (A,) 1 + its group; 0: counts for nothing
+  identity: jax.Array | None  # (A, M); None: all distinct
+  sample: jax.Array | None  # (A,)
+
+
+class _Sums(NamedTuple):
+  """Sums over the pairs of a row, or of a column, that were seen so far."""
+
+  top: jax.Array  # (A,) the largest logit
+  total: jax.Array  # (A,) of exp(logit - top)
+  positive: jax.Array  # (A,) of the logits of the positives
+
+
+def _logits(temperature, query_AE, key_AE, of_query, of_key, same_image):
+  """Logits of a block, and which of its pairs are positive."""
+  logits_AA = (
     jnp.matmul(query_AE, key_AE.T, precision=jax.lax.Precision.HIGHEST)
     / temperature
   )
-  diagonal_AA = jnp.eye(query_AE.shape[0], dtype=bool)
-  twin_AA = (
-    show_the_same(identity_AM)
-    & (sample_A[:, None] != sample_A[None, :])
-    & ~diagonal_AA
+  allowed_AA = (of_query.label[:, None] == of_key.label[None, :]) & (
+    of_query.label[:, None] > 0
   )
-  both_AA = valid_A[:, None] & valid_A[None, :]
-  positive_AA = diagonal_AA & both_AA
-  allowed_AA = both_AA
-  if same_image == "positive":
-    positive_AA = (diagonal_AA | twin_AA) & both_AA
-  elif same_image == "ignore":
-    allowed_AA = both_AA & ~twin_AA
-  rows = _cross_entropy(similarity_AA, positive_AA, allowed_AA, valid_A)
-  columns = _cross_entropy(
-    similarity_AA.T, positive_AA.T, allowed_AA.T, valid_A
-  )
-  return rows + columns
+  positive_AA = allowed_AA & (of_query.index[:, None] == of_key.index[None, :])
+  if of_query.identity is not None:
+    twin_AA = show_the_same(of_query.identity, of_key.identity) & (
+      of_query.sample[:, None] != of_key.sample[None, :]
+    )
+    if same_image == "positive":
+      positive_AA |= allowed_AA & twin_AA
+    else:
+      allowed_AA &= ~twin_AA
+  return jnp.where(allowed_AA, logits_AA, _NEVER), positive_AA
 
 
-def _cross_entropy(logits_AA, positive_AA, allowed_AA, valid_A) -> jax.Array:
-  """Mean over valid rows of -mean_{positives} log softmax."""
-  # An invalid row keeps finite logits, so that its gradient is 0 and not NaN.
-  logits_AA = jnp.where(allowed_AA, logits_AA, _NEVER)
-  log_p_AA = jax.nn.log_softmax(logits_AA, axis=-1)
-  share_AA = positive_AA.astype(jnp.float32)
-  share_AA /= jnp.maximum(jnp.sum(share_AA, axis=-1, keepdims=True), 1.0)
-  losses_A = -jnp.sum(jnp.where(positive_AA, share_AA * log_p_AA, 0.0), -1)
-  count_A = valid_A.astype(jnp.float32)
-  return jnp.sum(losses_A * count_A) / jnp.maximum(jnp.sum(count_A), 1.0)
+def _add(sums: _Sums, logits_AA, positive_AA, axis: int) -> _Sums:
+  """Sums over one more block, along its columns (1) or rows (0)."""
+  top_A = jnp.maximum(sums.top, jnp.max(logits_AA, axis=axis))
+  shifted_AA = logits_AA - jnp.expand_dims(top_A, axis)
+  positives_AA = jnp.where(positive_AA, logits_AA, 0.0)
+  return _Sums(
+    top=top_A,
+    total=sums.total * jnp.exp(sums.top - top_A)
+    + jnp.sum(jnp.exp(shifted_AA), axis=axis),
+    positive=sums.positive + jnp.sum(positives_AA, axis=axis),
+  )
+
+
+def _read(options: _Options, query_AE, key_AE, temperature, marks: _Marks):
+  """Sums of each row, of each column, and the number of positives of each.
+
+  Who is whose positive is mutual, hence one number for a row and its column.
+  """
+
+  def tile(temperature, query, query_state, key, key_sums):
+    logits_AA, positive_AA = _logits(
+      temperature, query[0], key[0], query[1], key[1], options.same_image
+    )
+    query_sums, number_A = query_state
+    number_A += jnp.sum(positive_AA, axis=1, dtype=jnp.float32)
+    return (
+      _add(query_sums, logits_AA, positive_AA, 1),
+      number_A,
+    ), _add(key_sums, logits_AA, positive_AA, 0)
+
+  zeros_A = jnp.zeros(query_AE.shape[0])
+  nothing = _Sums(top=zeros_A + _NEVER, total=zeros_A, positive=zeros_A)
+  (query_sums, number_A), key_sums = blocks.sweep(
+    tile,
+    temperature,
+    (query_AE, marks),
+    (nothing, zeros_A),
+    (key_AE, marks),
+    nothing,
+    group=options.group,
+    block=options.block,
+  )
+  return query_sums, key_sums, jnp.maximum(number_A, 1.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _losses(options: _Options, query_AE, key_AE, temperature, marks: _Marks):
+  """-mean_{positives} log softmax of each row plus that of its column, (A,).
+
+  Backward, blocks are computed again from the sums of rows and columns:
+
+    dL/ds_ij = g_i (p_ij - t_ij) + g_j (p'_ij - t'_ij)
+
+  with p and p' the softmax along rows and columns, t and t' the targets.
+  """
+  return _losses_forward(options, query_AE, key_AE, temperature, marks)[0]
+
+
+def _losses_forward(options, query_AE, key_AE, temperature, marks):
+  query_sums, key_sums, number_A = _read(
+    options, query_AE, key_AE, temperature, marks
+  )
+  # The difference of the large ones first: exact where the positive is the top.
+  losses_A = sum(
+    (sums.top - sums.positive / number_A) + jnp.log(sums.total)
+    for sums in (query_sums, key_sums)
+  )
+  softmax = tuple(
+    (sums.top, jnp.log(sums.total)) for sums in (query_sums, key_sums)
+  )
+  saved = query_AE, key_AE, temperature, marks, *softmax, number_A
+  return jnp.where(marks.label > 0, losses_A, 0.0), saved
+
+
+def _losses_backward(options, saved, gradient_A):
+  query_AE, key_AE, temperature, marks, of_rows, of_columns, number_A = saved
+  gradient_A = jnp.where(marks.label > 0, gradient_A, 0.0)
+
+  def tile(temperature, query, d_query_AE, key, d_key_AE):
+    query_AE, of_query, (top_A, log_A), g_A, target_A = query
+    logits_AA, positive_AA = _logits(
+      temperature, query_AE, key[0], of_query, key[1], options.same_image
+    )
+    row_AA = logits_AA - top_A[:, None] - log_A[:, None]
+    column_AA = logits_AA - key[2][0][None, :] - key[2][1][None, :]
+    d_logits_AA = (
+      g_A[:, None] * jnp.exp(row_AA) + key[3][None, :] * jnp.exp(column_AA)
+    ) - jnp.where(positive_AA, target_A[:, None] + key[4][None, :], 0.0)
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    return (
+      d_query_AE + product(d_logits_AA, key[0]),
+      d_key_AE + product(d_logits_AA.T, query_AE),
+    )
+
+  target_A = gradient_A / number_A
+  d_query_AE, d_key_AE = blocks.sweep(
+    tile,
+    temperature,
+    (query_AE, marks, of_rows, gradient_A, target_A),
+    jnp.zeros_like(query_AE),
+    (key_AE, marks, of_columns, gradient_A, target_A),
+    jnp.zeros_like(key_AE),
+    group=options.group,
+    block=options.block,
+  )
+  # sum_ij dL/ds_ij s_ij, by rows.
+  d_temperature = -jnp.sum(query_AE * d_query_AE) / jnp.square(temperature)
+  return d_query_AE / temperature, d_key_AE / temperature, d_temperature, None
+
+
+_losses.defvjp(_losses_forward, _losses_backward)
 
 
 def image_text_contrast(
@@ -143,6 +283,7 @@ def image_text_contrast(
   *,
   identity_BM: jax.Array,
   same_image: SameImage,
+  block: int | None = None,
 ) -> jax.Array:
   """ITC = symmetric mean of info_nce on projected global tokens."""
   return info_nce(
@@ -152,15 +293,64 @@ def image_text_contrast(
     identity_AM=identity_BM,
     same_image=same_image,
     reduce="mean",
+    block=block,
   )
+
+
+class _Best(NamedTuple):
+  """The most similar key so far; of equal ones the first."""
+
+  similarity: jax.Array  # (B,)
+  index: jax.Array  # (B,) its place
+  hit: jax.Array  # (B,) whether it shows the same
 
 
 def accuracy(
-  query_BE: jax.Array, key_BE: jax.Array, identity_BM: jax.Array
+  query_BE: jax.Array,
+  key_BE: jax.Array,
+  identity_BM: jax.Array,
+  *,
+  block: int | None = None,
 ) -> jax.Array:
-  """Share of queries whose most similar key shows the same as they do."""
-  similarity_BB = normalize(query_BE) @ normalize(key_BE).T
-  best_B1 = jnp.argmax(similarity_BB, axis=1, keepdims=True)
-  return jnp.mean(
-    jnp.take_along_axis(show_the_same(identity_BM), best_B1, axis=1)
+  """Share of queries whose most similar key shows the same as they do.
+
+  No gradient. `block` as in `info_nce`.
+  """
+  batch = query_BE.shape[0]
+  index_B = jnp.arange(batch, dtype=jnp.int32)
+
+  def tile(shared, query, best, key, key_state):
+    similarity_BB = query[0] @ key[0].T
+    # Padding has place 0; the others count from 1.
+    similarity_BB = jnp.where(key[2][None, :] > 0, similarity_BB, -jnp.inf)
+    place_B1 = jnp.argmax(similarity_BB, axis=1, keepdims=True)
+    same_BB = show_the_same(query[1], key[1])
+    found = _Best(
+      jnp.take_along_axis(similarity_BB, place_B1, axis=1)[:, 0],
+      key[2][place_B1[:, 0]],
+      jnp.take_along_axis(same_BB, place_B1, axis=1)[:, 0],
+    )
+    better_B = (found.similarity > best.similarity) | (
+      (found.similarity == best.similarity) & (found.index < best.index)
+    )
+    return jax.tree.map(
+      lambda new_B, old_B: jnp.where(better_B, new_B, old_B), found, best
+    ), key_state
+
+  query_BE, key_BE = (
+    normalize(jax.lax.stop_gradient(v_BE)) for v_BE in (query_BE, key_BE)
   )
+  nothing = _Best(
+    jnp.full(batch, -jnp.inf), index_B, jnp.zeros(batch, dtype=bool)
+  )
+  best, _ = blocks.sweep(
+    tile,
+    (),
+    (query_BE, identity_BM),
+    nothing,
+    (key_BE, identity_BM, index_B + 1),
+    (),
+    group=batch,
+    block=block,
+  )
+  return jnp.mean(best.hit)
