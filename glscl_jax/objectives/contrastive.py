@@ -117,6 +117,10 @@ def info_nce(
   return total if reduce == "sum" else 0.5 * total
 
 
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
 class _Options(NamedTuple):
   """What is fixed when the program is made."""
 
@@ -142,19 +146,28 @@ class _Sums(NamedTuple):
   positive: jax.Array  # (A,) of the logits of the positives
 
 
-def _logits(temperature, query_AE, key_AE, of_query, of_key, same_image):
+class _Row(NamedTuple):
+  """A query or a key, with what the backward pass knows of its softmax."""
+
+  vector: jax.Array  # (A, E) of unit length
+  marks: _Marks
+  top: jax.Array | None = None  # (A,) the largest logit
+  log_total: jax.Array | None = None  # (A,) log of the sum of exp(logit - top)
+  weight: jax.Array | None = None  # (A,) dL / its loss
+  target: jax.Array | None = None  # (A,) that of each of its positives
+
+
+def _logits(temperature, query: _Row, key: _Row, same_image: SameImage):
   """Logits of a block, and which of its pairs are positive."""
-  logits_AA = (
-    jnp.matmul(query_AE, key_AE.T, precision=jax.lax.Precision.HIGHEST)
-    / temperature
+  logits_AA = _product(query.vector, key.vector.T) / temperature
+  ours, theirs = query.marks, key.marks
+  allowed_AA = (ours.label[:, None] == theirs.label[None, :]) & (
+    ours.label[:, None] > 0
   )
-  allowed_AA = (of_query.label[:, None] == of_key.label[None, :]) & (
-    of_query.label[:, None] > 0
-  )
-  positive_AA = allowed_AA & (of_query.index[:, None] == of_key.index[None, :])
-  if of_query.identity is not None:
-    twin_AA = show_the_same(of_query.identity, of_key.identity) & (
-      of_query.sample[:, None] != of_key.sample[None, :]
+  positive_AA = allowed_AA & (ours.index[:, None] == theirs.index[None, :])
+  if ours.identity is not None:
+    twin_AA = show_the_same(ours.identity, theirs.identity) & (
+      ours.sample[:, None] != theirs.sample[None, :]
     )
     if same_image == "positive":
       positive_AA |= allowed_AA & twin_AA
@@ -176,38 +189,6 @@ def _add(sums: _Sums, logits_AA, positive_AA, axis: int) -> _Sums:
   )
 
 
-def _read(options: _Options, query_AE, key_AE, temperature, marks: _Marks):
-  """Sums of each row, of each column, and the number of positives of each.
-
-  Who is whose positive is mutual, hence one number for a row and its column.
-  """
-
-  def tile(temperature, query, query_state, key, key_sums):
-    logits_AA, positive_AA = _logits(
-      temperature, query[0], key[0], query[1], key[1], options.same_image
-    )
-    query_sums, number_A = query_state
-    number_A += jnp.sum(positive_AA, axis=1, dtype=jnp.float32)
-    return (
-      _add(query_sums, logits_AA, positive_AA, 1),
-      number_A,
-    ), _add(key_sums, logits_AA, positive_AA, 0)
-
-  zeros_A = jnp.zeros(query_AE.shape[0])
-  nothing = _Sums(top=zeros_A + _NEVER, total=zeros_A, positive=zeros_A)
-  (query_sums, number_A), key_sums = blocks.sweep(
-    tile,
-    temperature,
-    (query_AE, marks),
-    (nothing, zeros_A),
-    (key_AE, marks),
-    nothing,
-    group=options.group,
-    block=options.block,
-  )
-  return query_sums, key_sums, jnp.maximum(number_A, 1.0)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _losses(options: _Options, query_AE, key_AE, temperature, marks: _Marks):
   """-mean_{positives} log softmax of each row plus that of its column, (A,).
@@ -216,60 +197,88 @@ def _losses(options: _Options, query_AE, key_AE, temperature, marks: _Marks):
 
     dL/ds_ij = g_i (p_ij - t_ij) + g_j (p'_ij - t'_ij)
 
-  with p and p' the softmax along rows and columns, t and t' the targets.
+  with p and p' the softmax along rows and columns, t and t' the targets, and g
+  the gradients of the losses.
   """
   return _losses_forward(options, query_AE, key_AE, temperature, marks)[0]
 
 
 def _losses_forward(options, query_AE, key_AE, temperature, marks):
-  query_sums, key_sums, number_A = _read(
-    options, query_AE, key_AE, temperature, marks
+  def tile(temperature, query, query_state, key, key_sums):
+    logits_AA, positive_AA = _logits(
+      temperature, query, key, options.same_image
+    )
+    query_sums, number_A = query_state
+    number_A += jnp.sum(positive_AA, axis=1, dtype=jnp.float32)
+    query_sums = _add(query_sums, logits_AA, positive_AA, axis=1)
+    key_sums = _add(key_sums, logits_AA, positive_AA, axis=0)
+    return (query_sums, number_A), key_sums
+
+  zeros_A = jnp.zeros(query_AE.shape[0])
+  nothing = _Sums(top=zeros_A + _NEVER, total=zeros_A, positive=zeros_A)
+  (query_sums, number_A), key_sums = blocks.sweep(
+    tile,
+    temperature,
+    _Row(query_AE, marks),
+    (nothing, zeros_A),
+    _Row(key_AE, marks),
+    nothing,
+    group=options.group,
+    block=options.block,
   )
+  # Who is whose positive is mutual: one number for a row and its column.
+  number_A = jnp.maximum(number_A, 1.0)
   # The difference of the large ones first: exact where the positive is the top.
   losses_A = sum(
     (sums.top - sums.positive / number_A) + jnp.log(sums.total)
     for sums in (query_sums, key_sums)
   )
-  softmax = tuple(
-    (sums.top, jnp.log(sums.total)) for sums in (query_sums, key_sums)
+  query, key = (
+    _Row(vector_AE, marks, sums.top, jnp.log(sums.total))
+    for vector_AE, sums in ((query_AE, query_sums), (key_AE, key_sums))
   )
-  saved = query_AE, key_AE, temperature, marks, *softmax, number_A
-  return jnp.where(marks.label > 0, losses_A, 0.0), saved
+  losses_A = jnp.where(marks.label > 0, losses_A, 0.0)
+  return losses_A, (query, key, temperature, number_A)
 
 
 def _losses_backward(options, saved, gradient_A):
-  query_AE, key_AE, temperature, marks, of_rows, of_columns, number_A = saved
-  gradient_A = jnp.where(marks.label > 0, gradient_A, 0.0)
+  query, key, temperature, number_A = saved
+  weight_A = jnp.where(query.marks.label > 0, gradient_A, 0.0)
+  query, key = (
+    row._replace(weight=weight_A, target=weight_A / number_A)
+    for row in (query, key)
+  )
 
   def tile(temperature, query, d_query_AE, key, d_key_AE):
-    query_AE, of_query, (top_A, log_A), g_A, target_A = query
     logits_AA, positive_AA = _logits(
-      temperature, query_AE, key[0], of_query, key[1], options.same_image
+      temperature, query, key, options.same_image
     )
-    row_AA = logits_AA - top_A[:, None] - log_A[:, None]
-    column_AA = logits_AA - key[2][0][None, :] - key[2][1][None, :]
+    # The logarithm last: subtracted from the top, it would lose digits.
+    rows_AA = jnp.exp(logits_AA - query.top[:, None] - query.log_total[:, None])
+    columns_AA = jnp.exp(logits_AA - key.top[None, :] - key.log_total[None, :])
+    target_AA = query.target[:, None] + key.target[None, :]
     d_logits_AA = (
-      g_A[:, None] * jnp.exp(row_AA) + key[3][None, :] * jnp.exp(column_AA)
-    ) - jnp.where(positive_AA, target_A[:, None] + key[4][None, :], 0.0)
-    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+      query.weight[:, None] * rows_AA
+      + key.weight[None, :] * columns_AA
+      - jnp.where(positive_AA, target_AA, 0.0)
+    )
     return (
-      d_query_AE + product(d_logits_AA, key[0]),
-      d_key_AE + product(d_logits_AA.T, query_AE),
+      d_query_AE + _product(d_logits_AA, key.vector),
+      d_key_AE + _product(d_logits_AA.T, query.vector),
     )
 
-  target_A = gradient_A / number_A
   d_query_AE, d_key_AE = blocks.sweep(
     tile,
     temperature,
-    (query_AE, marks, of_rows, gradient_A, target_A),
-    jnp.zeros_like(query_AE),
-    (key_AE, marks, of_columns, gradient_A, target_A),
-    jnp.zeros_like(key_AE),
+    query,
+    jnp.zeros_like(query.vector),
+    key,
+    jnp.zeros_like(key.vector),
     group=options.group,
     block=options.block,
   )
-  # sum_ij dL/ds_ij s_ij, by rows.
-  d_temperature = -jnp.sum(query_AE * d_query_AE) / jnp.square(temperature)
+  # - sum_ij dL/ds_ij s_ij / tau, summed by rows.
+  d_temperature = -jnp.sum(query.vector * d_query_AE) / jnp.square(temperature)
   return d_query_AE / temperature, d_key_AE / temperature, d_temperature, None
 
 
