@@ -381,8 +381,8 @@ class ObjectiveConfig:
   itc_temperature_range: tuple[float, float] | None = (0.001, 0.5)
   contrast_grad_scale: float = 1.0  # published code on W devices: 1 / W
   contrast_block: int = 1024  # rows and columns of the similarities that a
-  # device holds at once; changes no value. From 512 to 2048 it costs nothing
-  # (docs/scaling.md), and batches up to it are one block [choice]
+  # device holds at once; changes no value. Batches up to it are one block, and
+  # smaller ones are no faster (docs/scaling.md) [choice]
 
   @property
   def active(self) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def sweep(
     Both states after all blocks.
 
   Raises:
-    ValueError: the devices do not divide the rows.
+    ValueError: the devices, or groups, do not divide the rows.
   """
   num_rows = jax.tree.leaves(queries)[0].shape[0]
   mesh = jax.sharding.get_abstract_mesh()
@@ -65,6 +65,8 @@ def sweep(
     raise ValueError(
       f"{num_rows} rows do not divide over {num_devices} devices of {axes}"
     )
+  if num_rows % group:
+    raise ValueError(f"groups of {group} do not divide {num_rows} rows")
   ring = _ring_size(num_rows // num_devices, num_devices, group)
 
   def on_one_device(*trees):

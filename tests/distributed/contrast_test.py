@@ -177,7 +177,7 @@ def test_memory_of_a_device_grows_with_its_rows_and_not_with_their_square():
 
 
 def test_the_ring_is_no_slower_than_one_matrix():
-  mesh, rows = make_mesh((8, 1, 1)), 2048
+  mesh, rows = make_mesh((8, 1, 1)), 4096
   arguments = point(mesh, rows, 256, 4 * rows)
   runs = {
     "ring": program(

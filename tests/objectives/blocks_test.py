@@ -126,3 +126,9 @@ def test_rows_that_devices_do_not_divide_are_an_error():
   x = np.zeros(12, np.float32)
   with jax.set_mesh(mesh), pytest.raises(ValueError, match="12 rows .* 8 dev"):
     blocks.sweep(add_up, 1, x, x, x, x, group=12, block=None)
+
+
+def test_rows_that_groups_do_not_divide_are_an_error():
+  x = np.zeros(12, np.float32)
+  with pytest.raises(ValueError, match="groups of 5 do not divide 12 rows"):
+    blocks.sweep(add_up, 1, x, x, x, x, group=5, block=None)
