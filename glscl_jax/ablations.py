@@ -80,8 +80,8 @@ _MASKVLM = Suite(
   source="MaskVLM, 2208.02131; 50 % of CC3M and COCO, Flickr30k fine-tuned",
   paper_column="paper, IR / TR R@1",
   expected=(
-    "ITC < MLM + MIM < ITC + ITM < + MIM, + MLM < all four; MLM alone and MIM "
-    "alone are within .5 of each other"
+    "ITC < MLM + MIM < ITC + ITM, + MLM, + MIM < all four; the three in the "
+    "middle are within 1 of each other"
   ),
   rows={
     "itc": Row(
@@ -112,8 +112,8 @@ _SYCOCA = Suite(
   source="SyCoCa, 2401.02137; CC3M, zero-shot COCO",
   paper_column="paper, mTR / mIR",
   expected=(
-    "ITC < CoCa < CoCa with attentive captions < SyCoCa; hiding patches at "
-    "random is worse than CoCa"
+    "ITC < CoCa < CoCa with attentive captions < SyCoCa; TG-MIM of random "
+    "patches is worse than CoCa, MIM without text no better"
   ),
   rows={
     "clip": Row(
@@ -131,6 +131,7 @@ _SYCOCA = Suite(
       overrides=_off("tg_mim"),
       paper="17.5 / 18.3",
     ),
+    # That IC sees all patches in these three rows is [uncertain].
     "mim_random": Row(
       title="CoCa + MIM without text, random",
       overrides={

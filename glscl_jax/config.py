@@ -465,6 +465,20 @@ READ_BY = {
   "masking.mim_mask_level": ("sycoca",),
   "masking.mask_warmup_steps": ("sycoca",),
   "masking.attentive_empty": ("sycoca",),
+  "model.region.number": ("cmal",),
+  "model.region.feature_width": ("cmal",),
+  "model.region.num_classes": ("cmal",),
+  "model.unimodal_layers": ("cmal",),
+  "masking.anchors": ("cmal",),
+  "masking.anchor_match": ("cmal",),
+  "masking.anchor_region": ("cmal",),
+  "masking.max_anchors": ("cmal",),
+  "masking.max_pairs": ("cmal",),
+  "masking.swap": ("cmal",),
+  "masking.swap_rescale": ("cmal",),
+  "masking.region_mask_rate": ("cmal",),
+  "objectives.amc_pair": ("cmal",),
+  "objectives.amc_pair_group": ("cmal",),
 }
 # Rows of the text's position table besides those of the tokens: RoBERTa's two
 # first ones, the class token of CoCa.
@@ -810,6 +824,21 @@ def _check_cmal(config: Config) -> None:
     "objectives.amc_pair",
     f"{objectives.amc_pair:g} is within AMC and needs objectives.amc > 0",
   )
+  mask = config.masking
+  swaps_words = objectives.mlm > 0 and mask.swap in ("both", "text")
+  if objectives.amc == 0 and not swaps_words:
+    return
+  for name, only in (
+    ("mlm_scheme", "801010"),
+    ("mlm_whole_word", False),
+    ("mlm_padded_draw", False),
+  ):
+    value = getattr(mask, name)
+    _check(
+      value == only,
+      f"masking.{name}",
+      f"{value!r}, but around anchors system 'cmal' knows {only!r} only",
+    )
 
 
 def _check_blocks(vision: VisionConfig, block_size: int) -> None:

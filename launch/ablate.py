@@ -8,7 +8,8 @@ Each row is a recipe of the quick start's size with the row's overrides; all
 rows of a seed start from the same weights and take equally many steps. Rows
 are trained and measured by launch/train.py and launch/evaluate.py, whose output
 goes to log.txt beside them. The same command again continues: what is done
-stays. Writes results.md, results.svg and results.json to DIR/SUITE.
+stays. Writes results.md, results.svg and results.json to DIR/SUITE, of what
+this command has trained and measured to its end.
 
 Exit code 0: done. 1: a row failed (its log is named), the others were
 measured. 2: `error: ...` says what to change. 130: stopped, what ran was saved.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import fcntl
 import os
 import pathlib
 import signal
@@ -48,6 +50,7 @@ class Job:
   workdir: pathlib.Path
   commands: tuple[tuple[str, ...], ...]
   after: str = ""  # name of a job that must be done before
+  row: str = ""  # of the table; empty: none shows it
 
   @property
   def text(self) -> str:
@@ -170,6 +173,7 @@ def plan(
           workdir=into,
           commands=(train(suite.system, seed, into, *more), *measure),
           after=after,
+          row=name,
         )
       )
   return jobs
@@ -244,7 +248,8 @@ class Table:
       self._ran += 1
       if reason:
         self._failed[job.name] = reason
-        self._tell(job, f"FAILED: {reason}")
+        stopped = f"stopped: {reason}" if self._stopped else ""
+        self._tell(job, stopped or f"FAILED: {reason}")
       else:
         atomic.write_text(job.workdir / DONE, job.text)
         spent = metrics.format_duration(time.monotonic() - began)
@@ -260,10 +265,19 @@ class Table:
     if self._at_a_time > 1:  # several processes on one accelerator
       environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with open(log_path, "ab") as log:
+      # Held by the commands too, which write there: one that outlives this
+      # process, killed, must not be joined by a second one.
+      try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError:
+        return (
+          f"{job.workdir} is in use by another call, or by what one that was "
+          "killed has left running: wait for its end or end it"
+        )
       for command in job.commands:
         with self._lock:
           if self._stopped:
-            return "stopped"
+            return "not started"
           # A session of its own: Ctrl-C reaches it through `_stop` alone.
           process = subprocess.Popen(
             command,
@@ -274,7 +288,8 @@ class Table:
           )
           self._running.add(process)
         code = process.wait()
-        self._running.discard(process)
+        with self._lock:  # `_stop` may be at it
+          self._running.discard(process)
         if code:
           return f"{pathlib.Path(command[1]).name}, code {code}: see {log_path}"
     return ""
@@ -331,17 +346,30 @@ def _run(values: flags.FlagValues) -> int:
   )
   failed = Table(jobs, at_a_time=values.jobs).run()
   output = workdir / values.suite
-  ablation_table.write(
-    output,
-    suite=suite,
-    runs={
-      name: [output / name / f"seed{seed}" for seed in range(values.seeds)]
-      for name in rows
-    },
-    command="python launch/ablate.py " + " ".join(_told(values)),
-  )
-  print(f"wrote {output / ablation_table.MARKDOWN}")
+  runs = find_runs(jobs, rows=rows)
+  if any(runs.values()):
+    ablation_table.write(
+      output,
+      suite=suite,
+      runs=runs,
+      command="python launch/ablate.py " + " ".join(_told(values)),
+    )
+    print(f"wrote {output / ablation_table.MARKDOWN}")
   return 1 if failed else 0
+
+
+def find_runs(
+  jobs: Sequence[Job], *, rows: Sequence[str]
+) -> dict[str, list[pathlib.Path]]:
+  """Row -> work dirs that these commands have filled.
+
+  Others may hold what an earlier call with other flags has measured.
+  """
+  runs: dict[str, list[pathlib.Path]] = {name: [] for name in rows}
+  for job in jobs:
+    if job.row and is_done(job):
+      runs[job.row].append(job.workdir)
+  return runs
 
 
 def check_rows(suite: ablations.Suite, asked: Sequence[str]) -> list[str]:
@@ -374,6 +402,8 @@ def _told(values: flags.FlagValues) -> list[str]:
     told.append(f"--rows={','.join(values.rows)}")
   if values.steps:
     told.append(f"--steps={values.steps}")
+  if values["limit"].present:
+    told.append(f"--limit={values.limit}")
   return [*told, "--workdir=DIR", "--data=DATA"]
 
 

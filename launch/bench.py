@@ -23,7 +23,6 @@ if __name__ == "__main__":
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import flags
-from ml_collections import config_flags
 
 from glscl_jax import atomic, command_line, errors
 from glscl_jax import config as config_lib
@@ -38,21 +37,13 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   """
   # Not the global FLAGS, so that one process may parse several times.
   values = flags.FlagValues()
-  argv = list(argv)
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "File with get_config(), and :argument for it.",
-    flag_values=values,
-    sys_argv=argv,
-  )
   flags.DEFINE_integer(
     "steps", 20, "Steps that are timed.", lower_bound=1, flag_values=values
   )
   flags.DEFINE_string(
     "output", "", "JSON file of the figures.", flag_values=values
   )
-  return command_line.parse(values, argv, doc=__doc__, required=["config"])
+  return command_line.parse_recipe(values, argv, doc=__doc__)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -18,7 +18,7 @@ import itertools
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -354,6 +354,25 @@ def _format_bad(result: Mapping[str, Any]) -> list[str]:
   return [f"  {result['num_bad_records']} bad records left out: {shown}"]
 
 
+def make_lineage_adder(
+  model: weights_lib.Weights, data: results.DataSet
+) -> Callable[[dict[str, Any]], None]:
+  """What puts the lineage of these weights into the result of a split."""
+  fingerprint = weights_lib.params_sha256(model.params)
+
+  def add_lineage(result: dict[str, Any]) -> None:
+    result["lineage"] = results.make_lineage(
+      step=model.step,
+      params_sha256=fingerprint,
+      config=model.config,
+      training=model.lineage,
+      data=data,
+      split=result["split"],
+    )
+
+  return add_lineage
+
+
 def evaluate(
   model: weights_lib.Weights,
   *,
@@ -374,7 +393,7 @@ def evaluate(
   text_tokenizer = tokenizer.load(model.tokenizer_path)
   tokenizer.check_vocab(model.config, text_tokenizer)
   data = results.identify(data_dir)
-  fingerprint = weights_lib.params_sha256(model.params)
+  add_lineage = make_lineage_adder(model, data)
   mesh, params = None, model.params
   if jax.device_count() > 1:
     mesh = sharding.make_mesh(config_lib.MeshConfig())
@@ -433,14 +452,7 @@ def evaluate(
         bank=bank_of[protocol.querybank] if protocol.asks_bank else None,
       )
       result = retrieval.report(encodings, rankings, protocol=protocol)
-      result["lineage"] = results.make_lineage(
-        step=model.step,
-        params_sha256=fingerprint,
-        config=model.config,
-        training=model.lineage,
-        data=data,
-        split=split,
-      )
+      add_lineage(result)
       if jax.process_index() == 0:
         results.write(
           output,
@@ -546,7 +558,7 @@ def write_captions(
   text_tokenizer = tokenizer.load(model.tokenizer_path)
   tokenizer.check_vocab(model.config, text_tokenizer)
   data = results.identify(data_dir)
-  fingerprint = weights_lib.params_sha256(model.params)
+  add_lineage = make_lineage_adder(model, data)
   params = jax.device_put(model.params)
   for number, split in enumerate(splits, 1):
     written = captioning.write(
@@ -559,14 +571,7 @@ def write_captions(
       on_progress=Progress(f"[{number}/{len(splits)}] {split}"),
     )
     result = captioning.report(written, protocol=protocol)
-    result["lineage"] = results.make_lineage(
-      step=model.step,
-      params_sha256=fingerprint,
-      config=model.config,
-      training=model.lineage,
-      data=data,
-      split=split,
-    )
+    add_lineage(result)
     results.write(
       output,
       task="captioning",
@@ -625,7 +630,7 @@ def ask_anchors(
   anchors.check(model.config)
   text_tokenizer = tokenizer.load(model.tokenizer_path)
   data = results.identify(data_dir)
-  fingerprint = weights_lib.params_sha256(model.params)
+  add_lineage = make_lineage_adder(model, data)
   params = jax.device_put(model.params)
   print("in parentheses what the best single answer gives; of pairs, chance")
   for number, split in enumerate(splits, 1):
@@ -642,14 +647,7 @@ def ask_anchors(
       on_progress=Progress(f"[{number}/{len(splits)}] {split}"),
     )
     result = anchors.report(found, config=model.config, protocol=protocol)
-    result["lineage"] = results.make_lineage(
-      step=model.step,
-      params_sha256=fingerprint,
-      config=model.config,
-      training=model.lineage,
-      data=data,
-      split=split,
-    )
+    add_lineage(result)
     results.write(
       output,
       task="anchors",

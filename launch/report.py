@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from glscl_jax import atomic, command_line, errors
-from glscl_jax.export import report
+from glscl_jax.export import report, selection
 from glscl_jax.export import weights as weights_lib
 
 
@@ -85,7 +85,7 @@ def _run(values: flags.FlagValues) -> int:
     model,
     data_dir=model.data_dir(values.data),
     charts=charts,
-    options=report.Options(
+    options=selection.Options(
       num_queries=values.num_examples,
       num_maps=values.num_examples,
       splits=tuple(values.splits),

@@ -357,6 +357,19 @@ def test_fields_that_a_system_does_not_read_keep_their_defaults():
     "mim_mask_level": "feature",
     "attentive_empty": "order",
     "image_block_size": 64,
+    "number": 7,
+    "feature_width": 7,
+    "num_classes": 7,
+    "unimodal_layers": (1, 1),
+    "anchors": "random",
+    "anchor_match": "piece",
+    "anchor_region": "random",
+    "max_anchors": 7,
+    "max_pairs": 7,
+    "swap": "none",
+    "swap_rescale": True,
+    "region_mask_rate": 0.5,
+    "amc_pair_group": 64,
   }
   for path, systems in config.READ_BY.items():
     *sections, name = path.split(".")
@@ -610,6 +623,25 @@ def test_what_sycoca_cannot_run_names_its_path(values, told):
       {"model__match_features": "product"},
       "model.match_features: 'product', but system 'cmal' knows pooled",
     ),
+    (
+      {"masking__mlm_scheme": "all"},
+      "masking.mlm_scheme: 'all', but around anchors system 'cmal' knows"
+      " '801010' only",
+    ),
+    (
+      {"masking__mlm_whole_word": True},
+      "masking.mlm_whole_word: True, but around anchors system 'cmal' knows"
+      " False only",
+    ),
+    (
+      {
+        "objectives__amc": 0.0,
+        "objectives__mlm": 1.0,
+        "masking__mlm_padded_draw": True,
+      },
+      "masking.mlm_padded_draw: True, but around anchors system 'cmal' knows"
+      " False only",
+    ),
   ],
   ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -617,6 +649,13 @@ def test_what_cmal_cannot_run_names_its_path(values, told):
   with pytest.raises(config.ConfigError) as caught:
     config.from_config_dict(replaced(random_regions.config(), values))
   assert str(caught.value) == f"config.{told}"
+
+
+def test_words_are_masked_by_any_rule_where_no_anchor_is_among_them():
+  rule = {"mlm_scheme": "all", "mlm_whole_word": True}
+  for swap in ("image", "none"):
+    made = random_regions.config("mlm", masking={"swap": swap, **rule})
+    assert made.masking.mlm_whole_word
 
 
 def test_other_systems_compute_all_objectives_in_every_step():

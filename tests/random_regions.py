@@ -129,7 +129,9 @@ def sample(
   hidden_region_R = np.zeros(region.number, bool)
   hidden_region_R[hidden + anchor_region * kept] = True
   asked = anchor_pos + masked
-  num_asked = mask.max_anchors + len(mlm.pos_J)
+  num_asked = masking.anchor_slots(
+    text.max_length, rate=mask.mlm_rate, max_anchors=mask.max_anchors
+  )
   pairs = [*zip(anchor_pos, anchor_region, strict=True)]
   if anchors and hidden:
     pairs.append((anchor_pos[0], hidden[0]))

@@ -49,7 +49,10 @@ HOMES = {
   "flax": ("glscl_jax/models/",),
   "tensorflow": (),
   "torch": (),
-  "ml_collections": ("glscl_jax/config.py", "launch/"),
+  "ml_collections": (
+    "glscl_jax/config.py",
+    "glscl_jax/command_line.py",
+  ),
   "jax in data": ("glscl_jax/data/pipeline.py",),  # makes global arrays
 }
 

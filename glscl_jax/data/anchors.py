@@ -109,7 +109,6 @@ def make_names(
       for form in _forms(lower):
         if (piece := _whole_piece(form, tokenizer)) is not None:
           pieces[piece].add(number)
-  phrases.pop("", None)  # of a name that is marks alone
   return Names(phrases=_freeze(phrases), pieces=_freeze(pieces))
 
 
@@ -252,7 +251,7 @@ def _pieces(
   """Tokens that are a part of a class's name."""
   for number, unit in enumerate(_tokens(tokens, unknown_id)):
     piece = int(tokens.ids_T[unit.first])
-    if piece in names.pieces:
+    if piece in names.pieces and not unit.is_mark:
       yield unit, names.pieces[piece], range(number, number + 1)
 
 

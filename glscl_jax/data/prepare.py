@@ -287,6 +287,12 @@ def prepare_scenes(
     return found
   names = scenes.find_names(str(drawings), given["splits"])
   splits = scenes.choose_splits(names)
+  if not splits:
+    raise pairs.DataError(
+      f"--input={drawings}: none of its splits has "
+      f"{scenes.NUM_DRAWINGS[0]} names that scenes can use; prepare more "
+      "drawings"
+    )
   classes = sorted({name for split in splits for name in names[split]})
   numbers = {name: number for number, name in enumerate(classes, start=1)}
 

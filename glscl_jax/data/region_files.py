@@ -180,14 +180,25 @@ class _Folder(Reader):
       raise BadRegions(f"{path} is not readable ({e})") from e
     if missing := [name for name in _ARRAYS if name not in found]:
       raise BadRegions(f"{path} has no {', '.join(missing)}")
+    for name, array in found.items():
+      if array.dtype.kind not in "biuf":
+        raise BadRegions(f"{path}, {name}: {array.dtype} are no numbers")
+      asked = 1 if name == "conf" else 2
+      if array.ndim != asked:
+        raise BadRegions(
+          f"{path}, {name}: {array.ndim} dimensions, expected {asked}"
+        )
     shape, columns = found["soft_labels"].shape, self._num_classes + 1
-    if len(shape) != 2 or shape[1] != columns:
+    if shape[1] != columns:
       raise BadRegions(
         f"{path}, soft_labels: shape {shape}, expected {columns} columns, the "
         "background and those of --classes"
       )
+    # The likeliest class would be the first that is no number.
+    if not np.isfinite(found["soft_labels"]).all():
+      raise BadRegions(f"{path}, soft_labels: not finite")
     shape = found["norm_bb"].shape
-    if len(shape) != 2 or shape[1] not in (4, 6, 7):
+    if shape[1] not in (4, 6, 7):
       raise BadRegions(f"{path}, norm_bb: shape {shape}")
     return regions_lib.Regions(
       feature_RP=_half(found["features"]),
@@ -219,7 +230,8 @@ class _Table(Reader):
       for line in progress.bar(file, name=f"index {self.path.name}"):
         if (start or not named) and line.strip():
           cells = line.split(b"\t", place + 1)
-          image = cells[min(place, len(cells) - 1)].decode(errors="replace")
+          cell = cells[min(place, len(cells) - 1)].rstrip(b"\r\n")
+          image = cell.decode(errors="replace")
           repeated += image in self._starts
           self._starts.setdefault(image, start)
         start += len(line)

@@ -58,8 +58,8 @@ def write(
   """
   columns = collect(runs)
   directory.mkdir(parents=True, exist_ok=True)
-  table = format_table(suite, list(runs), columns)
   seeds = max(len(workdirs) for workdirs in runs.values())
+  table = format_table(suite, list(runs), columns, seeds=seeds)
   text = (
     "In percent; R@1 is the mean of both directions. Mean and standard "
     f"deviation of {_count(seeds)}.\n\n{table}\n\n"
@@ -87,12 +87,24 @@ def write(
 
 
 def collect(runs: Mapping[str, Sequence[pathlib.Path]]) -> list[Column]:
-  """One column a split and protocol, in the order of first mention."""
+  """One column a split and protocol, in the order of first mention.
+
+  Raises:
+    ResultError: a run has two values for one of them.
+  """
   chances: dict[tuple[str, str], float] = {}
   values: dict[tuple[str, str], dict[str, list[float]]] = {}
   for name, workdirs in runs.items():
     for workdir in workdirs:
+      seen = set()
       for split, label, value, chance in _measured(workdir):
+        if (split, label) in seen:
+          raise results.ResultError(
+            f"{workdir}/eval: {split!r} was measured twice by {label!r}, on "
+            "other data or with other settings; remove that folder and "
+            "done.txt beside it, and measure again"
+          )
+        seen.add((split, label))
         chances.setdefault((split, label), chance)
         found = values.setdefault((split, label), {})
         found.setdefault(name, []).append(value)
@@ -131,7 +143,7 @@ def _count(seeds: int) -> str:
 
 
 def format_table(
-  suite: Suite, rows: Sequence[str], columns: Sequence[Column]
+  suite: Suite, rows: Sequence[str], columns: Sequence[Column], *, seeds: int
 ) -> str:
   """A Markdown table; a dash where a row has no such measure."""
   head = ["", *(column.title for column in columns), suite.paper_column]
@@ -139,7 +151,9 @@ def format_table(
   for name in rows:
     row = suite.rows[name]
     cells = [
-      format_values(column.values[name]) if name in column.values else "-"
+      format_values(column.values[name], seeds=seeds)
+      if name in column.values
+      else "-"
       for column in columns
     ]
     lines.append([row.title, *cells, row.paper or "-"])
@@ -149,9 +163,12 @@ def format_table(
   return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def format_values(values: Sequence[float]) -> str:
-  """Mean and standard deviation in percent; of one value itself alone."""
-  mean = f"{100 * statistics.fmean(values):.1f}"
-  if len(values) < 2:
-    return mean
-  return f"{mean} \u00b1 {100 * statistics.stdev(values):.1f}"
+def format_values(values: Sequence[float], *, seeds: int) -> str:
+  """Mean and standard deviation in percent; of one value itself alone.
+
+  Says of how many values it is where they are not as many as `seeds`.
+  """
+  text = f"{100 * statistics.fmean(values):.1f}"
+  if len(values) > 1:
+    text += f" \u00b1 {100 * statistics.stdev(values):.1f}"
+  return text if len(values) == seeds else f"{text} (of {len(values)})"

@@ -48,12 +48,21 @@ class Completions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+  """A token that may stand at a masked place."""
+
+  name: str  # not its own alone: with and without a space before it
+  probability: float
+  right: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Guess:
-  """A masked word, and the likeliest ones with their probabilities."""
+  """A masked word, and the likeliest ones."""
 
   word: str
-  by_image: tuple[tuple[str, float], ...]
-  by_blank: tuple[tuple[str, float], ...]
+  by_image: tuple[Candidate, ...]
+  by_blank: tuple[Candidate, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,18 +211,21 @@ def guess(
   counts_BJ = rows.mlm_ok_BJ.copy()
   counts_BJ[len(examples) :] = False  # padding
 
+  def one_word(row: int, place: int) -> Guess:
+    label = int(rows.mlm_labels_BJ[row, place])
+    return Guess(
+      word=_names(tokenizer, np.array([label]))[0],
+      by_image=by_image.at(tokenizer, row, place, label=label),
+      by_blank=by_blank.at(tokenizer, row, place, label=label),
+    )
+
   def one(row: int) -> MaskedText:
     there_T = rows.text_valid_BT[row]
     return MaskedText(
       image_YXC=rows.image_BYXC[row],
       pieces=_names(tokenizer, rows.mlm_ids_BT[row][there_T][1:-1]),
       guesses=tuple(
-        Guess(
-          word=_names(tokenizer, rows.mlm_labels_BJ[row, [place]])[0],
-          by_image=by_image.at(tokenizer, row, place),
-          by_blank=by_blank.at(tokenizer, row, place),
-        )
-        for place in np.flatnonzero(counts_BJ[row])
+        one_word(row, place) for place in np.flatnonzero(counts_BJ[row])
       ),
     )
 
@@ -228,14 +240,21 @@ def guess(
 @dataclasses.dataclass(frozen=True)
 class _Likeliest:
   id_BJA: np.ndarray  # the likeliest first
-  share_BJA: np.ndarray
+  probability_BJA: np.ndarray
 
   def at(
-    self, tokenizer: tokenizers.Tokenizer, row: int, place: int
-  ) -> tuple[tuple[str, float], ...]:
-    names = _names(tokenizer, self.id_BJA[row, place])
-    shares = map(float, self.share_BJA[row, place])
-    return tuple(zip(names, shares, strict=True))
+    self, tokenizer: tokenizers.Tokenizer, row: int, place: int, *, label: int
+  ) -> tuple[Candidate, ...]:
+    ids = self.id_BJA[row, place]
+    return tuple(
+      Candidate(name=name, probability=float(p), right=int(i) == label)
+      for i, name, p in zip(
+        ids,
+        _names(tokenizer, ids),
+        self.probability_BJA[row, place],
+        strict=True,
+      )
+    )
 
   def share_right(self, label_BJ: np.ndarray, counts_BJ: np.ndarray) -> float:
     right_BJ = self.id_BJA[:, :, 0] == label_BJ
@@ -259,8 +278,8 @@ def _predict(
       empty_BYXC = np.zeros(batch.image_BYXC.shape, np.float32)
       batch = dataclasses.replace(batch, image_BYXC=empty_BYXC)
     found.append(run(weights.params, batch))
-  shares, ids = zip(*found, strict=True)
-  return _Likeliest(np.concatenate(ids), np.concatenate(shares))
+  probabilities, ids = zip(*found, strict=True)
+  return _Likeliest(np.concatenate(ids), np.concatenate(probabilities))
 
 
 def _names(tokenizer: tokenizers.Tokenizer, ids: np.ndarray) -> tuple[str, ...]:

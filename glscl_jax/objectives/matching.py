@@ -143,9 +143,10 @@ def take_from_group(
 
 
 def false_rows(labels_B: jax.Array, group: int) -> jax.Array:
-  """(A,) positions inside each group of the floor(group / 2) false pairs.
+  """(A,) positions inside each group of its false pairs, floor(group / 2).
 
-  Of labels that `half_labels` has rounded up, group by group.
+  Of labels that `half_labels` has rounded up, group by group. Where some of
+  them became true since, true pairs stand behind the false ones.
   """
   labels_GA = labels_B.reshape(-1, group)
   order_GA = jnp.argsort(labels_GA, axis=1, stable=True).astype(jnp.int32)

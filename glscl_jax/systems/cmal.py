@@ -169,7 +169,7 @@ def judge(
 
   Where other objectives read the own pairs anyway (`shared`), only the false
   ones are run: `own` comes first in the pairs then. Otherwise all, mixed.
-  A text for which the group holds nothing else is left out.
+  A text for which the group holds nothing else is shown its own.
   """
   label_key, draw_key = jax.random.split(key)
   x_BTD, valid_BT, y_BRD, valid_BR = own
@@ -179,12 +179,13 @@ def judge(
   index_B, found_B = matching.random_negatives(
     batch.identity_BM, draw_key, group
   )
+  labels_B = jnp.where(found_B, labels_B, 1)
   take = functools.partial(matching.take_from_group, group=group)
   if not shared:
     in_group_B = jnp.arange(len(labels_B), dtype=jnp.int32) % group
     shown_B = jnp.where(labels_B == 1, in_group_B, index_B)
     run = x_BTD, valid_BT, take(y_BRD, shown_B), take(valid_BR, shown_B)
-    return run, Judged(labels_B, found_B | (labels_B == 1))
+    return run, Judged(labels_B, jnp.ones_like(found_B))
   rows_J = matching.false_rows(labels_B, group)
   shown_J = take(index_B, rows_J)
   run = (
@@ -194,7 +195,8 @@ def judge(
     take(valid_BR, shown_J),
   )
   labels_A = jnp.concatenate([jnp.ones_like(labels_B), jnp.zeros_like(rows_J)])
-  ok_A = jnp.concatenate([labels_B == 1, take(found_B, rows_J)])
+  # Rows are as many whatever was found: the last ones may be true pairs.
+  ok_A = jnp.concatenate([labels_B == 1, take(labels_B, rows_J) == 0])
   return run, Judged(labels_A, ok_A)
 
 
@@ -260,21 +262,24 @@ def asked_words(batch: Batch, config: Config) -> Asked:
 
 
 def asked_regions(batch: Batch, config: Config) -> Asked:
-  """Anchors' regions that a word has replaced, and hidden regions.
-
-  The background, class 0, is never asked for.
-  """
+  """Anchors' regions that a word has replaced, and hidden regions."""
   classes_BJ = jnp.take_along_axis(
     batch.region_class_BR, batch.amc_region_BJ, axis=1
   )
   return _ask(
     batch.amc_region_BJ,
     classes_BJ,
-    batch.amc_region_ok_BJ & (classes_BJ > 0),
+    batch.amc_region_ok_BJ,
     batch.anchor_region_BA,
     batch.anchor_ok_BA,
     shown=_shown("image", config),
   )
+
+
+def asked_classes(batch: Batch, config: Config) -> Asked:
+  """Of `asked_regions` those of a class: the background, 0, is no target."""
+  asked = asked_regions(batch, config)
+  return dataclasses.replace(asked, ok_BJ=asked.ok_BJ & (asked.labels_BJ > 0))
 
 
 def _word_logits(context: Context, states_BLD, index_BJ) -> jax.Array:
@@ -315,7 +320,7 @@ def _words(context: Context, name: str, prefix: str) -> terms.Term:
 
 
 def _regions(context: Context, name: str, prefix: str) -> terms.Term:
-  asked = asked_regions(context.batch, context.config)
+  asked = asked_classes(context.batch, context.config)
   rows_BJD = _region_rows(context, context.states[name], asked.index_BJ)
   return _classify(prefix, context.model.region_head(rows_BJD), asked, "hidden")
 
@@ -363,7 +368,10 @@ def _mrc(context: Context) -> terms.Term:
 
 
 def _mrfr(context: Context) -> terms.Term:
-  """MRFR = mean over values of (feature(H) - f)^2: the text is complete."""
+  """MRFR = mean over values of (feature(H) - f)^2: the text is complete.
+
+  Regions of no class have a feature too.
+  """
   asked = asked_regions(context.batch, context.config)
   rows_BJD = _region_rows(context, context.states["mrfr"], asked.index_BJ)
   loss = masked_regression.masked_regression(
@@ -654,7 +662,7 @@ def answer(params: Params, batch: Batch, *, config: Config) -> Answers:
     if "words" in source:
       words = _word_slots(context, source["words"])
     if "classes" in source:
-      asked = asked_regions(batch, config)
+      asked = asked_classes(batch, config)
       states_BLD = context.states[source["classes"]]
       rows_BJD = _region_rows(context, states_BLD, asked.index_BJ)
       classes = _slots(asked, model.region_head(rows_BJD))

@@ -10,16 +10,18 @@ from glscl_jax.systems.flops import Forward
 
 
 def count_words(name: str, config: Config) -> int:
-  """Slots that may carry a word's label: masked ones, and anchors."""
-  mask = config.masking
-  masked = masking.mlm_slots(
-    config.model.text.max_length,
+  """Slots that may carry a word's label, as many as a batch has."""
+  mask, length = config.masking, config.model.text.max_length
+  if cmal.find_pass(name, config).text == "amc":
+    return masking.anchor_slots(
+      length, rate=mask.mlm_rate, max_anchors=mask.max_anchors
+    )
+  return masking.mlm_slots(
+    length,
     rate=mask.mlm_rate,
     whole_word=mask.mlm_whole_word,
     padded_draw=mask.mlm_padded_draw,
   )
-  reads_anchors = cmal.find_pass(name, config).text == "amc"
-  return masked + mask.max_anchors * reads_anchors
 
 
 def count_runs(tasks: tuple[str, ...], config: Config) -> float:

@@ -93,15 +93,18 @@ class Marks:
 
   start: int
   end: int
-  never: tuple[int, ...]  # all but the end
+  never: tuple[int, ...]  # all but the end, that of unknown words too
 
 
 def marks_of(tokenizer: tokenizers.Tokenizer) -> Marks:
   """Those of a tokenizer."""
+  never = tokenizer.special_ids - {tokenizer.end_id}
+  if tokenizer.unknown_id is not None:
+    never |= {tokenizer.unknown_id}
   return Marks(
     start=tokenizer.start_id,
     end=tokenizer.end_id,
-    never=tuple(sorted(tokenizer.special_ids - {tokenizer.end_id})),
+    never=tuple(sorted(never)),
   )
 
 

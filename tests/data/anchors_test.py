@@ -297,9 +297,17 @@ def test_the_rule_of_pieces_takes_parts_of_names_that_are_whole_entries(words):
     assert pairs_of(find(words, caption, [of])) == [(1, 0)]
 
 
+@pytest.mark.parametrize("source", ["found", "random"])
+def test_a_mark_in_a_name_is_no_anchor_by_pieces_either(words, source):
+  rules = {"listed": ("tee - shirt",), "match": "piece", "source": source}
+  assert pairs_of(find(words, "- -", [1, 1], **rules)) == []
+  assert len(pairs_of(find(words, "- tee", [1, 1], **rules))) == 1
+
+
 @pytest.mark.parametrize("match", ["phrase", "piece"])
 def test_the_control_has_as_many_anchors_and_pairs_of_random_ones(words, match):
-  caption = "a dog and the apple with giraffe of people"
+  caption = "a dog , and the apple with giraffe of people . zebra"
+  nothing = {3, 12, 13}  # marks, and a word without a piece
   classes = [DOG, APPLE, DOG, PERSON, DOG, KNIFE, 0]
   true = find(words, caption, classes, match=match)
   seen = set()
@@ -313,6 +321,7 @@ def test_the_control_has_as_many_anchors_and_pairs_of_random_ones(words, match):
     slots = found.pos_A[found.ok_A].tolist()
     assert len(set(regions)) == len(regions) and 6 not in regions
     assert len(set(slots)) == len(slots) and min(slots) >= 1
+    assert not nothing & set(slots)
     assert set(pairs_of(found)) <= set(named_of(found))
     assert len(set(named_of(found))) == len(named_of(found))
     seen.update(pairs_of(found))

@@ -17,7 +17,7 @@ from glscl_jax import config as config_lib
 from glscl_jax import types
 from glscl_jax.data import pairs, pipeline, regions, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
-from glscl_jax.systems import registry
+from glscl_jax.systems import cmal_flops, registry
 from tests.data import tiny_regions
 
 NUM_RECORDS = 12
@@ -140,6 +140,23 @@ def test_a_batch_holds_regions_and_no_image(config, tokenizer):
   assert {len(array) for array in batch.values()} == {18}
 
 
+@pytest.mark.parametrize(
+  ("objective", "swap", "array"),
+  [
+    ("amc", "both", "amc_labels_BJ"),
+    ("mlm", "text", "amc_labels_BJ"),
+    ("mlm", "none", "mlm_labels_BJ"),
+  ],
+)
+def test_the_words_whose_flops_are_counted_are_those_of_a_batch(
+  config, tokenizer, objective, swap, array
+):
+  config = change(config, "masking", swap=swap)
+  config = with_objectives(config, **{objective: 1.0})
+  (batch,) = take(config, tokenizer)
+  assert cmal_flops.count_words(objective, config) == batch[array].shape[1]
+
+
 def test_rows_hold_the_regions_of_their_record(config, tokenizer, data_dir):
   # One epoch: each caption of each record once.
   first, second = take(config, tokenizer, 2)
@@ -184,6 +201,7 @@ def test_anchors_and_masks_agree_with_each_other(config, tokenizer):
       assert row["region_valid_BR"][asked].all() and len(asked)
       # Each anchor is a pair of WRC.
       pair_ok = row["pair_ok_BA"]
+      assert row["region_valid_BR"][row["pair_region_BA"][pair_ok]].all()
       pair = zip(
         row["pair_pos_BA"][pair_ok].tolist(),
         row["pair_region_BA"][pair_ok].tolist(),
@@ -204,6 +222,26 @@ def test_the_rest_of_a_phrase_is_masked(config, tokenizer):
         assert batch["text_ids_BT"][i, slot + 1] == apples
         assert batch["amc_ids_BT"][i, slot + 1] == tokenizer.mask_id
   assert seen > 5
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "array"),
+  [
+    ("anchors", "random", "anchor_pos_BA"),
+    ("anchor_match", "piece", "anchor_pos_BA"),
+    ("anchor_region", "random", "anchor_region_BA"),
+    ("max_anchors", 1, "anchor_ok_BA"),
+    ("max_pairs", 1, "pair_ok_BA"),
+  ],
+)
+def test_rows_follow_the_rules_for_anchors(
+  config, tokenizer, name, value, array
+):
+  (usual,) = take(config, tokenizer)
+  (other,) = take(change(config, "masking", **{name: value}), tokenizer)
+  assert not np.array_equal(usual[array], other[array])
+  if name.startswith("max_"):
+    assert other[array].shape[1] == 1
 
 
 @pytest.mark.parametrize(
@@ -283,6 +321,22 @@ def test_anchors_are_hidden_where_nothing_is_swapped(config, tokenizer):
     assert batch["hidden_region_BR"][row, batch["anchor_region_BA"][row, slot]]
     position = batch["anchor_pos_BA"][row, slot]
     assert batch["amc_ids_BT"][row, position] == tokenizer.mask_id
+
+
+def test_words_that_keep_their_content_are_neither_masked_nor_asked(
+  config, tokenizer
+):
+  config = change(config, "masking", swap="image", mlm_rate=0.0)
+  (batch,) = take(config, tokenizer)
+  anchored = batch["anchor_ok_BA"].any(axis=1)
+  assert anchored.any()
+  # Where nothing else is asked the first word of no anchor is masked.
+  changed = (batch["amc_ids_BT"] != batch["text_ids_BT"]).sum(axis=1)
+  asked = batch["amc_ok_BJ"].sum(axis=1)
+  assert (changed[anchored] == 1).all() and (asked[anchored] == 1).all()
+  slots = np.where(batch["amc_ok_BJ"], batch["amc_pos_BJ"], -1)
+  anchors = np.where(batch["anchor_ok_BA"], batch["anchor_pos_BA"], -2)
+  assert not (slots[:, :, None] == anchors[:, None, :]).any()
 
 
 def test_longer_padding_changes_nothing_but_the_padding(config, tokenizer):

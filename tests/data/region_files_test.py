@@ -98,6 +98,16 @@ def test_the_old_table_has_regions_without_classes(tmp_path):
   assert np.array_equal(read.feature_RP, features)
 
 
+def test_named_columns_may_come_in_any_order(tmp_path):
+  path = detector_files.write_tsv(
+    tmp_path / "t.tsv", ROWS, columns=detector_files.OLD[::-1], header=True
+  )
+  reader = open_reader(path)
+  assert len(reader.read("9").box_R4) == 12
+  path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n"))
+  assert len(open_reader(path).read("25").box_R4) == 40
+
+
 def test_long_lines_are_read(tmp_path):
   wide = detector_files.make(3, count=100, width=2048)
   rows = [detector_files.row_of(str(i), wide) for i in range(3)]
@@ -158,6 +168,10 @@ def test_a_line_that_was_cut_says_why(tmp_path):
     ({"features": np.zeros((11, 6))}, "features: shape"),
     ({"features": np.full((12, 6), 1e6)}, "features: not finite"),
     ({"conf": np.array([{}] * 12)}, "9.npz is not readable"),
+    ({"conf": np.array(["a"] * 12)}, "9.npz, conf: <U1 are no numbers"),
+    ({"conf": np.zeros(())}, "9.npz, conf: 0 dimensions, expected 1"),
+    ({"features": np.zeros(())}, "features: 0 dimensions, expected 2"),
+    ({"soft_labels": np.full((12, 6), np.nan)}, "soft_labels: not finite"),
   ],
 )
 def test_a_broken_file_says_why(tmp_path, changes, reason):

@@ -303,6 +303,12 @@ def test_a_killed_preparation_leaves_the_old_directory(emoji_dir, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
 
 
+def test_too_few_drawings_are_refused(emoji_dir, tmp_path, monkeypatch):
+  monkeypatch.setattr(scenes, "NUM_DRAWINGS", (9, 9))
+  with pytest.raises(pairs.DataError, match="emoji: none of its splits has 9"):
+    make(emoji_dir, tmp_path / "none")
+
+
 def test_scenes_of_scenes_are_refused(scenes_dir, tmp_path):
   with pytest.raises(pairs.DataError, match="made from scenes; scenes are"):
     make(scenes_dir, tmp_path / "twice")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from glscl_jax.data import sources
-from glscl_jax.export import anchor_pictures, pictures, report
+from glscl_jax.export import anchor_pictures, pictures, report_retrieval
 from glscl_jax.export import weights as weights_lib
 from launch import evaluate as evaluate_launcher
 from launch import report as report_launcher
@@ -187,5 +187,5 @@ def test_regions_without_images_are_drawn_on_white(tmp_path):
   (scene, *_) = make_scenes(data_dir, make_config(data_dir), num_shown=1)
   corner = (255, 255, 255)
   assert tuple(scene.image_YXC[-1, 0]) == corner
-  found = report.load_images(str(data_dir), "test", ["test-1"])
+  found = report_retrieval.load_images(str(data_dir), "test", ["test-1"])
   assert (found["test-1"] == 255).all()

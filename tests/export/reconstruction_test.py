@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from glscl_jax.data import sources
+from glscl_jax.data import sources, tokenizer
 from glscl_jax.export import reconstruction
 from glscl_jax.export import weights as weights_lib
 from glscl_jax.systems import inputs
@@ -78,6 +78,20 @@ def test_every_image_is_measured_once_whatever_the_batch(
     np.testing.assert_array_equal(one.hidden_I, two.hidden_I)
 
 
+def test_of_two_tokens_of_one_name_only_the_right_one_is_marked(model):
+  words = tokenizer.load(model.tokenizer_path)
+  alike = {}
+  for number in range(4, words.vocab_size):
+    name = reconstruction._names(words, [number])[0]
+    alike.setdefault(name, []).append(number)
+  name, (first, second) = next(i for i in alike.items() if len(i[1]) == 2)
+  found = reconstruction._Likeliest(
+    np.array([[[first, second]]]), np.array([[[0.6, 0.3]]])
+  ).at(words, 0, 0, label=second)
+  assert [one.name for one in found] == [name, name]
+  assert [one.right for one in found] == [False, True]
+
+
 def test_masked_words_are_named_beside_the_likeliest_ones(model, source):
   examples = reconstruction.choose(source, count=3, seed=0)
   found = reconstruction.guess(model, examples, num_shown=3, seed=0)
@@ -86,13 +100,11 @@ def test_masked_words_are_named_beside_the_likeliest_ones(model, source):
     assert one.pieces.count("<mask>") == len(one.guesses) >= 1
     for guess in one.guesses:
       assert guess.word and guess.word != "<mask>"
-      shares = [share for _, share in guess.by_image]
+      shares = [one.probability for one in guess.by_image]
       assert shares == sorted(shares, reverse=True) and sum(shares) < 1
       assert guess.by_image != guess.by_blank
   assert found.num_words == sum(len(one.guesses) for one in found.shown)
   right = [
-    guess.by_image[0][0] == guess.word
-    for one in found.shown
-    for guess in one.guesses
+    guess.by_image[0].right for one in found.shown for guess in one.guesses
   ]
   assert found.by_image == pytest.approx(np.mean(right))

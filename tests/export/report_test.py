@@ -15,7 +15,12 @@ import pytest
 from glscl_jax import config as config_lib
 from glscl_jax import errors
 from glscl_jax.data import sources
-from glscl_jax.export import reconstruction, report
+from glscl_jax.export import (
+  reconstruction,
+  report_completion,
+  report_retrieval,
+  report_run,
+)
 from glscl_jax.export import weights as weights_lib
 from glscl_jax.tasks import results
 from launch import evaluate as evaluate_launcher
@@ -266,13 +271,13 @@ def test_numbers_beside_the_patches_are_told_with_their_errors():
   found = reconstruction.Completions(
     shown=(), error_A=own, other_error_A=own + [1, 1, -1, 3]
   )
-  text = report._compare_errors(found, "TG-MIM")
+  text = report_completion._compare_errors(found, "TG-MIM")
   assert "2.5000 from the own caption, 3.5000 from another one" in text
   # Deviations 0, 0, -2, 2: root of their mean square, over root four.
   assert f"difference 1.0000, standard error {2**0.5 / 2:.4f}" in text
   assert "lower for 75 % of the drawings, standard error 22 %" in text
   same = dataclasses.replace(found, other_error_A=own)
-  assert "it is not read" in report._compare_errors(same, "MIM")
+  assert "it is not read" in report_completion._compare_errors(same, "MIM")
 
 
 def test_sections_of_other_systems_are_not_there(page, pages):
@@ -291,25 +296,25 @@ def test_sections_of_other_systems_are_not_there(page, pages):
   ],
 )
 def test_the_report_says_where_the_weights_began(lineage, text):
-  assert report._describe_origin(lineage) == text
+  assert report_run._describe_origin(lineage) == text
 
 
 def test_a_convolution_stem_is_described():
   vision = config_lib.VisionConfig(
     width=128, stem=(64, 128), stem_blocks=(1, 0)
   )
-  text = report._describe_stem(vision)
+  text = report_run._describe_stem(vision)
   assert (
     text == ", convolution stem of widths 64, 128 with 1, 0 residual blocks"
   )
-  assert report._describe_stem(config_lib.VisionConfig()) == ""
+  assert report_run._describe_stem(config_lib.VisionConfig()) == ""
 
 
 def test_a_damaged_picture_is_named(tmp_path):
   record = dataclasses.replace(tiny.record("val", 0, ("a",)), image=b"none")
   data_dir = tiny.write_data(tmp_path / "data", {"val": [record]})
   with pytest.raises(errors.UserError, match="record 'val-0': "):
-    report.load_images(data_dir, "val", ["val-0"])
+    report_retrieval.load_images(data_dir, "val", ["val-0"])
 
 
 def test_a_caption_with_markup_is_text(work):
@@ -319,11 +324,11 @@ def test_a_caption_with_markup_is_text(work):
     "right": "x",
     "top": [{"id": "x", "score": 1.0, "match": True}],
   }
-  image = report.load_images(
+  image = report_retrieval.load_images(
     work.parent / "data", CELLS[3], [f"{CELLS[3]}-300"]
   )
   (picture,) = image.values()
-  assert "<b>&" not in report._text_query(query, {"x": picture})
+  assert "<b>&" not in report_retrieval._text_query(query, {"x": picture})
 
 
 def test_export_of_an_export_carries_the_measured_metrics(work, tmp_path):
@@ -384,11 +389,11 @@ def test_mistakes_end_with_one_line_and_code_2(
 def test_series_keep_the_last_point_and_skip_what_is_missing():
   records = [{"step": i, "loss": float(i)} for i in range(5000)]
   records += [{"step": 5000}, {"step": 5001, "loss": None}]
-  found = report.series(records, "loss")
-  assert len(found) <= report.MAX_POINTS
+  found = report_run.series(records, "loss")
+  assert len(found) <= report_run.MAX_POINTS
   assert found[-1] == (4999, 4999.0)
-  assert report.series(records, "mlm") == []
+  assert report_run.series(records, "mlm") == []
 
 
 def test_a_last_line_cut_by_a_kill_is_left_out(work):
-  assert len(report.read_metrics(work / "metrics.jsonl")) == 40
+  assert len(report_run.read_metrics(work / "metrics.jsonl")) == 40

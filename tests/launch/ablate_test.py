@@ -1,11 +1,13 @@
 """How launch/ablate.py plans, runs and continues, and what its table says."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -151,7 +153,7 @@ def test_a_failure_stops_what_needs_it_and_nothing_else(tmp_path, capsys):
   assert "left out: towers failed" in capsys.readouterr().out
 
 
-STOPPED = """
+SLEEPS = """
 import pathlib, signal, sys
 from launch import ablate
 signal.signal(signal.SIGTERM, ablate._interrupt)
@@ -173,19 +175,28 @@ def is_alive(process):
   return True
 
 
-def test_nothing_runs_on_after_it_was_stopped(tmp_path):
-  process = subprocess.Popen(
-    [sys.executable, "-c", STOPPED, tmp_path],
+def start_table(folder):
+  return subprocess.Popen(
+    [sys.executable, "-c", SLEEPS, folder],
     cwd=ROOT,
     env={**os.environ, "PYTHONPATH": str(ROOT)},
     stderr=subprocess.DEVNULL,
   )
-  log = tmp_path / "log.txt"
+
+
+def wait_for_child(folder, process):
+  """The id that the command of a table has written."""
+  log = folder / "log.txt"
   deadline = time.monotonic() + 50
   while not (log.exists() and log.read_text().strip()):
     assert time.monotonic() < deadline and process.poll() is None
     time.sleep(0.1)
-  child = int(log.read_text())
+  return int(log.read_text())
+
+
+def test_nothing_runs_on_after_it_was_stopped(tmp_path):
+  process = start_table(tmp_path)
+  child = wait_for_child(tmp_path, process)
   process.send_signal(signal.SIGTERM)
   assert process.wait(timeout=30) != 0
   assert not is_alive(child)
@@ -199,6 +210,97 @@ def test_wrong_rows_and_data_without_the_splits_are_named(tmp_path):
     ablate.check_rows(suite, ["mgsc"])
   with pytest.raises(errors.UserError, match="no such data directory"):
     ablate.check_splits(suite, str(tmp_path / "none"))
+
+
+class Child:
+  """A process that ends when it is asked to, and lets its waiter know it."""
+
+  def __init__(self, *arguments, **options):
+    self._asked, self.stopped = threading.Event(), False
+
+  def wait(self):
+    self._asked.wait(10)
+    return -15
+
+  def terminate(self):
+    self.stopped = True
+    self._asked.set()
+    time.sleep(0.1)  # the waiting thread goes on
+
+
+def test_runs_that_end_while_all_are_stopped_hide_none(tmp_path, monkeypatch):
+  children = []
+
+  def start(*arguments, **options):
+    children.append(Child())
+    return children[-1]
+
+  monkeypatch.setattr(subprocess, "Popen", start)
+  jobs = [job(tmp_path, name, "") for name in "abc"]
+  table = ablate.Table(jobs, at_a_time=3)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    running = pool.submit(table.run)
+    deadline = time.monotonic() + 10
+    while len(children) < 3 and time.monotonic() < deadline:
+      time.sleep(0.01)
+    table._stop()
+    assert set(running.result()) == {"a", "b", "c"}
+  assert [child.stopped for child in children] == [True] * 3
+
+
+def test_what_a_killed_call_left_running_is_not_joined(tmp_path):
+  folder = tmp_path / "a"
+  process = start_table(folder)
+  child = wait_for_child(folder, process)
+  process.kill()
+  process.wait(timeout=30)
+  again = [job(tmp_path, "a", count(tmp_path / "ran"))]
+  try:
+    failed = ablate.Table(again, at_a_time=1).run()
+    assert f"{folder} is in use" in failed["a"]
+    assert not (tmp_path / "ran").exists()
+  finally:
+    os.kill(child, signal.SIGKILL)
+  deadline = time.monotonic() + 10
+  while ablate.Table(again, at_a_time=1).run():
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+  assert (tmp_path / "ran").read_text() == "x"
+
+
+def test_results_of_other_flags_are_not_in_the_table(tmp_path):
+  jobs = make_plan(tmp_path, rows=["itc", "mim"])
+  for one in jobs:
+    one.workdir.mkdir(parents=True)
+    (one.workdir / ablate.DONE).write_text(one.text)
+  changed = make_plan(tmp_path, rows=["itc", "mim"], steps=8)
+  found = ablate.find_runs(changed, rows=["itc", "mim"])
+  assert found == {"itc": [], "mim": []}
+  (tmp_path / "maskvlm/mim/seed1" / ablate.DONE).unlink()
+  found = ablate.find_runs(jobs, rows=["itc", "mim"])
+  assert found == {
+    "itc": [tmp_path / "maskvlm/itc/seed0", tmp_path / "maskvlm/itc/seed1"],
+    "mim": [tmp_path / "maskvlm/mim/seed0"],
+  }
+
+
+def test_the_table_tells_all_flags_that_its_numbers_depend_on():
+  base = ["ablate.py", "--suite=glscl", "--workdir=w", "--data=d"]
+  told = " ".join(ablate._told(ablate.parse(base)))
+  assert told == "--suite=glscl --seeds=3 --workdir=DIR --data=DATA"
+  more = ["--rows=scl,glscl", "--steps=9", "--limit=0", "--jobs=2"]
+  told = " ".join(ablate._told(ablate.parse([*base, *more])))
+  assert "--rows=scl,glscl --steps=9 --limit=0 --workdir" in told
+
+
+def test_two_results_of_one_question_are_not_averaged(tmp_path):
+  write_result(tmp_path / "run", 0.1)
+  path = tmp_path / "run/eval/retrieval/metrics.json"
+  tree = json.loads(path.read_text())
+  tree["results"]["emoji-2"] = tree["results"]["emoji-1"]
+  path.write_text(json.dumps(tree))
+  with pytest.raises(errors.UserError, match="'test_seen' was measured twice"):
+    ablation_table.collect({"glscl": [tmp_path / "run"]})
 
 
 def write_result(workdir, value, *, rerank="none"):
@@ -232,7 +334,8 @@ def test_the_table_holds_means_spreads_chance_and_the_paper(tmp_path):
   rows = [line.split(" | ") for line in text.splitlines() if " | " in line]
   cells = {row[0].strip("| "): row[1] for row in rows}
   assert cells["MLM + ITM + ITC"] == "20.0 \u00b1 10.0"
-  assert cells["+ MGSC + MLTC (GLSCL)"] == "50.0"
+  # A row that has lost seeds says so.
+  assert cells["+ MGSC + MLTC (GLSCL)"] == "50.0 (of 1)"
   assert cells["MLM + ITM (METER)"] == "-"
   assert cells["chance"] == "1.0"
   assert "3 seeds" in text and "< + MGSC + MLTC" in text

@@ -205,8 +205,8 @@ def test_all_objectives_of_a_step_take_two_and_a_half_passes(monkeypatch):
     "WordEmbedding.contents": [(4, 10), (4, 10)],
     # AMC, own pairs of WRC and ITM, and two false ones: 10 tokens, 6 regions.
     "Stack.__call__": [(10, 16, 64)],
-    # Four anchors and one masked word; any region.
-    "TiedHead.__call__": [(4, 5, 64)],
+    # Four anchors, four tokens besides of their words, one masked; any region.
+    "TiedHead.__call__": [(4, 9, 64)],
     "VocabularyHead.__call__": [(4, 6, 64)],
   }
 

@@ -14,7 +14,6 @@ import pytest
 from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.models.cmal import CMAL
-from glscl_jax.objectives import matching
 from glscl_jax.systems import cmal, registry
 from glscl_jax.train import optimizer
 from tests import random_pairs, random_regions
@@ -172,14 +171,20 @@ def test_background_is_in_the_softmax_and_never_asked_for():
     region_class_BR[0] = 0
     return region_class_BR
 
-  asked = cmal.asked_regions(change(region_class_BR=background), CONFIG)
+  asked = cmal.asked_classes(change(region_class_BR=background), CONFIG)
   assert not np.any(asked.ok_BJ[0]) and np.any(asked.ok_BJ[1:])
   assert PARAMS["region_head"]["fc2"]["kernel"].shape == (64, 21)
-  last = cmal.asked_regions(
+  last = cmal.asked_classes(
     change(region_class_BR=lambda a: np.full_like(a, 20)), CONFIG
   )
   assert np.all(np.asarray(last.labels_BJ)[last.ok_BJ] == 20)
   assert np.sum(last.ok_BJ) == np.sum(BATCH.amc_region_ok_BJ)
+
+
+def test_features_are_asked_of_regions_of_no_class_too(normal):
+  _, losses = run(change(region_class_BR=np.zeros_like))
+  assert losses["mrc"] == 0
+  assert losses["mrfr"] == pytest.approx(normal[1]["mrfr"], rel=1e-6) != 0
 
 
 # --- what must not matter ---------------------------------------------------
@@ -380,8 +385,8 @@ def test_half_of_each_group_is_shown_others_regions(shared, key):
     np.testing.assert_array_equal(texts[true], regions[true])
     assert np.all(IDS[texts[false]] != IDS[regions[false]])
     np.testing.assert_array_equal(texts // 4, regions // 4)
-    # Two of four keep theirs; the others of the second group find none.
-    assert [sum(true & (texts // 4 == g)) for g in (0, 1)] == [2, 2]
+    # Two of four keep theirs; all of the second group, which find no other.
+    assert [sum(true & (texts // 4 == g)) for g in (0, 1)] == [2, 4]
     assert [sum(false & (texts // 4 == g)) for g in (0, 1)] == [2, 0]
     assert len(set(texts[ok])) == ok.sum()
 
@@ -603,15 +608,10 @@ def test_evaluation_scores_what_training_judges():
     states = x_BTD, batch.text_valid_BT, y_BRD, visual.valid
     return system.match_scores(params, *states, config=config)
 
-  # A batch of equal identities has no false pair: ITM is of the own ones.
+  # A batch of equal identities has no false pair: ITM is of all own ones.
   alone = change(identity_BM=np.zeros_like)
   loss = random_pairs.loss_function(config)(params, alone, KEY)
-  keep = jax.jit(
-    lambda key: matching.half_labels(key, SIZE, SIZE, round_up=True)
-  )
-  label_key = jax.random.split(jax.random.split(KEY, 3)[1])[0]
-  own = np.asarray(keep(label_key)) == 1
-  scores = np.asarray(compute(params, batch))[own]
+  scores = np.asarray(compute(params, batch))
   expected = np.mean(np.log1p(np.exp(-scores)))
   assert float(loss.metrics["itm"]) == pytest.approx(expected, rel=1e-4)
 

@@ -25,7 +25,7 @@ EVERY = config_lib.SYSTEM_OBJECTIVES["cmal"]
 SIZE, T = 4, 10
 
 
-def make_config(swap="both", layers=(0, 0), **objectives):
+def make_config(swap="both", layers=(0, 0), rescale=False, **objectives):
   # Groups of two samples: who is shown the other's regions is all that is left
   # to the draw. Two heads.
   return random_regions.config(
@@ -35,7 +35,7 @@ def make_config(swap="both", layers=(0, 0), **objectives):
     batch_size=SIZE,
     unimodal_layers=layers,
     objectives={"neg_group": 2, **objectives},
-    masking={"swap": swap},
+    masking={"swap": swap, "swap_rescale": rescale},
   )
 
 
@@ -50,9 +50,9 @@ def blocks(p, x, valid):
 class Reference:
   """One batch, sample by sample."""
 
-  def __init__(self, params, batch, swap):
+  def __init__(self, params, batch, swap, *, rescale=False):
     self.p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    self.batch, self.swap = batch, swap
+    self.batch, self.swap, self.rescale = batch, swap, rescale
 
   def text_place(self, b):
     p, valid = self.p["text"], self.batch.text_valid_BT[b]
@@ -90,10 +90,13 @@ class Reference:
     old_words, old_regions = words.copy(), regions.copy()
     for a in np.flatnonzero(batch.anchor_ok_BA[b]):
       t, r = batch.anchor_pos_BA[b, a], batch.anchor_region_BA[b, a]
+      longer = np.linalg.norm(old_regions[r]) / np.linalg.norm(old_words[t])
+      if not self.rescale:
+        longer = 1.0
       if "text" in sides:
-        words[t] = old_regions[r]
+        words[t] = old_regions[r] / longer
       if "image" in sides:
-        regions[r] = old_words[t]
+        regions[r] = old_words[t] * longer
     x = np.concatenate(
       [
         norm(self.p["text"]["norm"], words + self.text_place(b), 1e-12),
@@ -138,15 +141,14 @@ class Reference:
     return [
       int(r)
       for r in batch.amc_region_BJ[b][batch.amc_region_ok_BJ[b]]
-      if batch.region_class_BR[b, r] > 0 and not (shown and int(r) in anchors)
+      if not (shown and int(r) in anchors)
     ]
 
   def class_losses(self, b, states, slots):
     x = self.head("region_head", states[T:])
     logits = dense(self.p["region_head"]["fc2"], x)
-    return [
-      cross_entropy(logits[r], self.batch.region_class_BR[b, r]) for r in slots
-    ]
+    classes = self.batch.region_class_BR[b]
+    return [cross_entropy(logits[r], classes[r]) for r in slots if classes[r]]
 
   def feature_losses(self, b, states, slots):
     kernel = self.p["region"]["feature"]["kernel"]
@@ -231,7 +233,8 @@ class Reference:
 def check(config, batch, swap="both"):
   params = random_pairs.spread_params(config)
   found = random_pairs.loss_function(config)(params, batch, jax.random.key(0))
-  expected = Reference(params, batch, swap).losses()
+  rescale = config.masking.swap_rescale
+  expected = Reference(params, batch, swap, rescale=rescale).losses()
   itm = float(found.metrics["itm"])
   assert min(abs(itm - value) for value in expected.pop("itm")) < 1e-4
   for name, value in expected.items():
@@ -264,6 +267,52 @@ def test_with_blocks_of_each_side_alone_too():
 def test_uneven_batches_too(sizes):
   config = make_config()
   check(config, random_regions.batch(config, **sizes))
+
+
+def test_rescaled_contents_too():
+  config = make_config(rescale=True)
+  check(config, random_regions.batch(config))
+
+
+def test_the_contrast_of_anchors_is_of_their_states_in_the_group():
+  config = random_regions.config(
+    "amc",
+    width=128,
+    batch_size=SIZE,
+    objectives={"amc_pair": 0.5, "amc_pair_group": 2},
+  )
+  batch = random_regions.batch(config, num_anchors=(2, 3, 1, 3))
+  params = random_pairs.spread_params(config)
+  own = Reference(params, batch, "both")
+  total = 0.0
+  for group in ((0, 1), (2, 3)):
+    words, places, classes = [], [], []
+    for b in group:
+      states = own.run(
+        b,
+        own.words(b, batch.amc_ids_BT[b]),
+        own.regions(b, hide=True),
+        ("text", "image"),
+      )
+      states /= np.linalg.norm(states, axis=1, keepdims=True)
+      ok = batch.anchor_ok_BA[b]
+      words += [*states[batch.anchor_pos_BA[b][ok]]]
+      places += [*states[T + batch.anchor_region_BA[b][ok]]]
+      classes += [*batch.region_class_BR[b][batch.anchor_region_BA[b][ok]]]
+    logits = np.array(words) @ np.array(places).T
+    logits /= own.p["temperature"]["value"]
+    alike = np.equal.outer(classes, classes) & ~np.eye(len(classes), dtype=bool)
+    logits[alike] = -np.inf
+    for side in (logits, logits.T):
+      losses = scipy.special.logsumexp(side, axis=1) - np.diag(side)
+      total += losses.mean() / 4  # groups and directions
+  metrics = random_pairs.loss_function(config)(
+    params, batch, jax.random.key(0)
+  ).metrics
+  assert float(metrics["amc_pair"]) == pytest.approx(total, rel=2e-4)
+  assert float(metrics["amc"]) == pytest.approx(
+    float(metrics["amc_words"] + metrics["amc_regions"]) + 0.5 * total, rel=2e-4
+  )
 
 
 def test_the_mean_is_by_weight():

@@ -198,14 +198,64 @@ def test_what_nothing_trains_is_absent(data_dir, names, masking, measured):
   assert result["chance"].keys() == measured - {"anchors_per_sample"}
 
 
-def test_anchors_of_the_control_are_asked_like_those_of_others(data_dir):
-  configs = [
-    make_config(data_dir, masking={"anchors": kind})
-    for kind in ("found", "random")
+def assert_same_rows(one, other):
+  assert one.keys() == other.keys()
+  for name, rows in one.items():
+    np.testing.assert_array_equal(rows, other[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+  "masking",
+  [
+    {"anchors": "random"},
+    {"anchor_match": "piece"},
+    {"anchor_region": "random"},
+  ],
+  ids=str,
+)
+def test_models_of_other_anchors_are_asked_like_the_usual_one(
+  tmp_path, masking
+):
+  records = [
+    dataclasses.replace(
+      make_record("test", n), regions=tiny_regions.make([1, 1, 1, 1, 2, 2])
+    )
+    for n in range(3)
   ]
-  found, control = (measure(data_dir, config) for config in configs)
-  for name, rows in found.rows.items():
-    np.testing.assert_array_equal(rows, control.rows[name], err_msg=name)
+  data = tiny_regions.write(tmp_path / "data", records)
+  configs = (make_config(data, masking=m) for m in ({}, masking))
+  assert_same_rows(*(measure(data, config).rows for config in configs))
+
+
+def test_of_captions_the_first_that_says_something_is_asked(tmp_path):
+  texts = ("a dog", "a person", "red apples", "person, dog")
+  records = [
+    dataclasses.replace(make_record("test", n), captions=(" ", text))
+    for n, text in enumerate(texts)
+  ]
+  data = tiny_regions.write(tmp_path / "data", records)
+  found = measure(data, make_config(data))
+  assert set(found.samples.captions) == set(texts)
+  tokenizer = tokenizers.load(data / "tokenizer.model")
+  for caption, ids_T in zip(
+    found.samples.captions, found.rows["text_ids_BT"], strict=True
+  ):
+    own = tokenizer.encode(caption, len(ids_T)).ids_T
+    np.testing.assert_array_equal(ids_T, own)
+
+
+def test_captions_are_whole_whatever_part_of_them_the_training_sees(tmp_path):
+  records = [
+    dataclasses.replace(make_record("test", n), captions=("apple, red, dog",))
+    for n in range(3)
+  ]
+  data = tiny_regions.write(tmp_path / "data", records)
+  config = make_config(data)
+  augment = dataclasses.replace(config.data.augment, phrases="subset")
+  part = dataclasses.replace(
+    config, data=dataclasses.replace(config.data, augment=augment)
+  )
+  assert_same_rows(*(measure(data, c).rows for c in (config, part)))
 
 
 def test_masks_depend_on_the_seed_of_the_protocol_alone(data_dir):
@@ -230,6 +280,7 @@ def test_ties_count_against_the_model():
   better_TR[2, 2], better_TR[5, 3] = 0.1, 0.9  # the latter is padding
   found = anchors.judge_pairs(better_TR, valid_R, pos_A, region_A)
   assert [p.right for p in found] == [True, False]
+  assert [p.best for p in found] == [2, 0]
   ones_BJ = np.ones((1, 2), bool)
   said = anchors.judge(
     Slots(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glscl_jax import config as config_lib
-from glscl_jax.data import retrieval_set
+from glscl_jax.data import retrieval_set, tokenizer
 from glscl_jax.tasks import captioning, results
 from launch import evaluate as launcher
 from tests import random_pairs, tiny
@@ -81,6 +81,14 @@ def test_greedy_is_a_protocol_of_its_own():
   described = protocol.describe()
   assert (described["beam"], described["length_power"]) == (1, 0.0)
   assert results.protocol_key(described) == "greedy_5to9"
+
+
+def test_what_cannot_be_read_is_never_written(work):
+  words = tokenizer.load(work.parent / "data/tokenizer.model")
+  marks = captioning.marks_of(words)
+  names = words.pieces(marks.never)
+  assert set(names) == {"<s>", "<pad>", "<unk>", "<mask>"}
+  assert words.pieces([marks.end]) == ["</s>"]
 
 
 @pytest.mark.parametrize(
