@@ -380,6 +380,9 @@ class ObjectiveConfig:
   # [choice]; False: a draw a pass [code]
   itc_temperature_range: tuple[float, float] | None = (0.001, 0.5)
   contrast_grad_scale: float = 1.0  # published code on W devices: 1 / W
+  contrast_block: int = 1024  # rows and columns of the similarities that a
+  # device holds at once; changes no value. Batches up to it are one block, and
+  # smaller ones are no faster (docs/scaling.md) [choice]
 
   @property
   def active(self) -> tuple[str, ...]:
@@ -401,6 +404,7 @@ class ObjectiveConfig:
       "mltc_text_group",
       "amc_pair_group",
       "contrast_grad_scale",
+      "contrast_block",
     )
     _check_not_negative(self, "amc_pair")
     if self.text_mgsc_group is not None:

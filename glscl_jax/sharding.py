@@ -17,9 +17,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from glscl_jax.config import ConfigError, MeshConfig
+from glscl_jax.types import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+BATCH = P(BATCH_AXES)
 
 # Path pattern -> spec of the trailing dimensions; a leading layer axis stays
 # whole. Each parameter matches exactly one rule, each rule is used.

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 Params = Any  # nested dict of arrays
+BATCH_AXES = ("data", "fsdp")  # of the mesh, over which the samples are spread
 
 
 @jax.tree_util.register_dataclass

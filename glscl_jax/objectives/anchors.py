@@ -103,6 +103,7 @@ def pair_contrast(
   temperature: jax.Array | float,
   *,
   group: int,
+  block: int | None = None,
 ) -> jax.Array:
   """InfoNCE of anchors, their word slots against their region slots.
 
@@ -116,6 +117,7 @@ def pair_contrast(
     class_BA: of the region.
     temperature: a divisor.
     group: samples whose anchors are contrasted.
+    block: as in `contrastive.info_nce`.
   """
   _, items, width = word_BAD.shape
   return contrastive.info_nce(
@@ -127,4 +129,5 @@ def pair_contrast(
     same_image="ignore",
     group=group * items,
     reduce="mean",
+    block=block,
   )

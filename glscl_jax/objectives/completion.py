@@ -2,7 +2,8 @@
 
 The fused token of a masked input is asked to match the fused token of the
 same input when it was complete. Raw fused tokens are compared: no pooler, no
-projection. Targets carry no gradient. NCE is info_nce(reduce="sum").
+projection. Targets carry no gradient. NCE is info_nce(reduce="sum"), whose
+`block` says how much of the similarities a device holds at once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def global_completion(
   identity_BM: jax.Array | None = None,
   same_image: contrastive.SameImage = "ignore",
   group: int | None = None,
+  block: int | None = None,
 ) -> jax.Array:
   """MGSC = NCE(masked global token, sg complete global token).
 
@@ -34,6 +36,7 @@ def global_completion(
     identity_AM=identity_BM,
     same_image=same_image,
     group=group,
+    block=block,
   )
 
 
@@ -46,6 +49,7 @@ def local_completion(
   group: int,
   identity_BM: jax.Array | None = None,
   same_image: contrastive.SameImage = "ignore",
+  block: int | None = None,
 ) -> jax.Array:
   """MLTC = NCE(tokens at masked positions, sg the same tokens complete).
 
@@ -68,4 +72,5 @@ def local_completion(
     sample_A=jnp.repeat(samples_B, items),
     same_image=same_image,
     group=group * items,
+    block=block,
   )

@@ -348,6 +348,7 @@ def _amc_pair(context: Context) -> jax.Array:
     jnp.take_along_axis(batch.region_class_BR, batch.anchor_region_BA, axis=1),
     context.model.temperature(),
     group=group,
+    block=context.config.objectives.contrast_block,
   )
 
 

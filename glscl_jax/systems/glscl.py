@@ -379,6 +379,7 @@ def _global(name: str) -> Callable[[Context], terms.Term]:
       identity_BM=context.batch.identity_BM,
       same_image=context.config.same_image,
       group=context.config.text_mgsc_group if name == "mgsc_text" else None,
+      block=context.config.contrast_block,
     )
     return loss, {}
 
@@ -399,6 +400,7 @@ def _local(name: str) -> Callable[[Context], terms.Term]:
       group=config.mltc_text_group if is_text else config.mltc_image_group,
       identity_BM=context.batch.identity_BM,
       same_image=config.same_image,
+      block=config.contrast_block,
     )
     return loss, {}
 

@@ -51,9 +51,12 @@ def itc(
     temperature,
     identity_BM=batch.identity_BM,
     same_image=config.same_image,
+    block=config.contrast_block,
   )
   return loss, {
-    "itc_accuracy": contrastive.accuracy(image_BE, text_BE, batch.identity_BM),
+    "itc_accuracy": contrastive.accuracy(
+      image_BE, text_BE, batch.identity_BM, block=config.contrast_block
+    ),
     "itc_temperature": temperature,
   }
 

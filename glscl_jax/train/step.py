@@ -91,8 +91,14 @@ def clamp_temperature(params, config: Config):
 def make_train_step(config: Config, mesh: jax.sharding.Mesh) -> StepFunction:
   """`train_step` jitted with the state donated and kept where it lies."""
   shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh))
+
+  def step(state, batch):
+    # Losses over the whole batch ask over which devices it is spread.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return train_step(state, batch, config=config)
+
   return jax.jit(
-    lambda state, batch: train_step(state, batch, config=config),
+    step,
     in_shardings=(shardings, sharding.batch_sharding(mesh)),
     out_shardings=(shardings, sharding.replicated(mesh)),
     donate_argnums=0,

@@ -214,11 +214,12 @@ def test_gradients_are_the_same_on_a_mesh_of_all_axes(config, make_batch):
   batch, key = make_batch(config), jax.random.key(0)
   expected, metrics = function(params, batch, key)
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-  gradients, found = function(
-    jax.device_put(params, sharding.param_shardings(params, mesh)),
-    jax.device_put(batch, sharding.batch_sharding(mesh)),
-    jax.device_put(key, sharding.replicated(mesh)),
-  )
+  with jax.set_mesh(mesh):
+    gradients, found = function(
+      jax.device_put(params, sharding.param_shardings(params, mesh)),
+      jax.device_put(batch, sharding.batch_sharding(mesh)),
+      jax.device_put(key, sharding.replicated(mesh)),
+    )
   for name, value in metrics.items():
     assert float(found[name]) == pytest.approx(
       float(value), rel=1e-5, abs=1e-5, nan_ok=True
@@ -252,30 +253,32 @@ def test_parameters_and_moments_stay_sharded(shape):
     assert held < 0.3 * sum(leaf.size for leaf in leaves)
 
 
-def gathered(program):
-  """Shapes of the floating-point results of all gathers of a program."""
-  shapes = re.findall(r"= (?:f32|bf16)\[([\d,]*)\]\S* all-gather\(", program)
-  return [tuple(int(n) for n in shape.split(",")) for shape in shapes]
+def moved(program, collective):
+  """Shapes of the floating-point results of one collective of a program."""
+  results = re.findall(rf"= (.*?) {collective}(?:-start)?\(", program)
+  shapes = re.findall(r"(?:f32|bf16)\[([\d,]*)\]", " ".join(results))
+  return [tuple(int(n) for n in s.split(",") if n) for s in shapes]
 
 
-def test_data_parallel_training_gathers_only_what_losses_contrast():
-  shapes = gathered(train((8, 1, 1)).program)
+def test_data_parallel_training_gathers_no_features():
+  shapes = moved(train((8, 1, 1)).program, "all-gather")
   # A group of ITM that lies on two devices shows images of the other one.
   shared_images = (1, GROUP, IMAGE_TOKENS, WIDTH)
   assert shapes.count(shared_images) == 1
   shapes.remove(shared_images)
-  # Local completion contrasts 8 samples with 4 masked patches each.
-  assert shapes
-  assert max(map(math.prod, shapes)) <= 8 * 4 * WIDTH
+  # Losses, a row each: of local completion 4 masked patches a sample.
+  assert max(map(math.prod, shapes), default=0) <= BATCH * 4
 
 
 def test_the_gather_test_sees_gathers():
   # Weights of fsdp are gathered before use.
-  shapes = gathered(train((2, 4, 1)).program)
+  shapes = moved(train((2, 4, 1)).program, "all-gather")
   assert any(math.prod(shape) >= WIDTH * WIDTH for shape in shapes)
 
 
-def test_data_parallel_training_moves_no_tokens_between_devices():
+def test_data_parallel_training_moves_only_what_losses_contrast():
   program = train((8, 1, 1)).program
   assert "all-to-all" not in program
-  assert "collective-permute" not in program
+  # Around the ring: of local completion 4 masked patches of each sample.
+  sizes = list(map(math.prod, moved(program, "collective-permute")))
+  assert max(sizes) == BATCH // 8 * 4 * WIDTH

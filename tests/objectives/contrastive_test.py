@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from glscl_jax.objectives import contrastive
+from tests.objectives import plain_contrast
 
 # One compiled program a setting is cheaper than operation by operation.
 info_nce = jax.jit(
-  contrastive.info_nce, static_argnames=("same_image", "group", "reduce")
+  contrastive.info_nce,
+  static_argnames=("same_image", "group", "reduce", "block"),
 )
 # Rows 0 and 1, 2 and 4 share the first id; 0 and 5, 2 and 3 the second.
 IDS = np.array([[4, 0], [4, 1], [7, 2], [2, 2], [7, 3], [5, 0]], np.int32)
@@ -84,68 +89,99 @@ def test_info_nce_equals_the_loop_over_pairs(same, group, holes, tau):
   np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-6)
 
 
-def test_the_three_treatments_of_one_image_differ_only_when_it_repeats():
+@pytest.mark.parametrize("same", ["none", "ignore", "positive"])
+@pytest.mark.parametrize(("group", "block"), [(None, 4), (None, 1), (3, 2)])
+def test_blocks_change_no_value(same, group, block):
+  # Blocks of 4 are two of 3; a group of 3 is a block of 2 and one half empty.
   query, key = pairs()
-  values = {
-    (ids, same): float(
-      info_nce(
-        query,
-        key,
-        0.1,
-        identity_AM=IDS if ids == "twins" else None,
-        same_image=same,
-      )
-    )
-    for ids in ("twins", "distinct")
-    for same in ("none", "ignore", "positive")
-  }
-  plain = pytest.approx(values["distinct", "none"], rel=1e-6)
-  assert values["distinct", "ignore"] == plain
-  assert values["distinct", "positive"] == plain
-  assert values["twins", "none"] == plain
-  assert values["twins", "ignore"] < values["twins", "none"]
-  assert values["twins", "positive"] > values["twins", "ignore"]
-
-
-def test_mean_is_half_of_the_sum():
-  query, key = pairs()
-  total = info_nce(query, key, 0.1)
-  mean = info_nce(query, key, 0.1, reduce="mean")
-  np.testing.assert_allclose(2 * mean, total, rtol=1e-6)
-
-
-def test_the_order_of_samples_does_not_matter():
-  query, key = pairs()
-  order = np.random.default_rng(1).permutation(6)
-  found = info_nce(query[order], key[order], 0.1, identity_AM=IDS[order])
-  wanted = info_nce(query, key, 0.1, identity_AM=IDS)
+  valid = np.array([1, 1, 1, 0, 1, 0], bool)
+  sample = np.array([0, 0, 1, 2, 3, 4], np.int32)
+  found = info_nce(
+    query,
+    key,
+    0.1,
+    valid_A=valid,
+    identity_AM=IDS,
+    sample_A=sample,
+    same_image=same,
+    group=group,
+    block=block,
+  )
+  wanted = slow_info_nce(
+    query,
+    key,
+    0.1,
+    valid=valid,
+    identity=IDS,
+    sample=sample,
+    same=same,
+    group=group or 6,
+  )
   np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
-def test_groups_are_averaged_wherever_they_lie():
-  query, key = pairs()
-  halves = [
-    info_nce(query[rows], key[rows], 0.1) for rows in (slice(0, 3), slice(3, 6))
-  ]
-  swapped = np.r_[3:6, 0:3]
-  for order in (np.arange(6), swapped):
-    found = info_nce(query[order], key[order], 0.1, group=3)
-    np.testing.assert_allclose(found, np.mean(halves), rtol=1e-5)
+def exact(values_and_gradients, *point):
+  """What a function gives in float64."""
+  with jax.enable_x64(True):
+    wide = [np.asarray(v, np.float64) for v in point]
+    return jax.jit(values_and_gradients)(*wide)
 
 
-def test_invalid_rows_are_as_if_they_were_not_there():
-  query, key = pairs()
-  valid = np.array([1, 0, 1, 1, 0, 1], bool)
-  wild = np.where(valid[:, None], query, 1e4).astype(np.float32)
+@pytest.mark.parametrize("same", ["none", "ignore", "positive"])
+@pytest.mark.parametrize(
+  ("rows", "group", "block"), [(37, None, None), (37, None, 8), (39, 13, 5)]
+)
+def test_gradients_equal_those_of_the_plain_formula(same, rows, group, block):
+  rng = np.random.default_rng(3)
+  options = dict(
+    valid_A=rng.random(rows) > 0.2,
+    identity_AM=rng.integers(0, rows // 2, (rows, 2), np.int32),
+    sample_A=np.arange(rows, dtype=np.int32) // 2,
+    same_image=same,
+    group=group,
+  )
 
-  def loss(query):
-    return info_nce(query, key, 0.1, valid_A=valid)
+  def both(function, **more):
+    return jax.value_and_grad(
+      lambda *point: function(*point, **options, **more), (0, 1, 2)
+    )
 
-  value, grad = jax.jit(jax.value_and_grad(loss))(jnp.asarray(wild))
-  wanted = info_nce(query[valid], key[valid], 0.1)
-  np.testing.assert_allclose(value, wanted, rtol=1e-6)
-  assert np.all(np.asarray(grad)[~valid] == 0)
-  assert np.all(np.asarray(grad)[valid] != 0)
+  point = *pairs(rows, 16), np.float32(0.1)
+  found = jax.jit(both(contrastive.info_nce, block=block))(*point)
+  wanted = exact(both(plain_contrast.info_nce), *point)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    assert b.dtype == np.float64
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
+
+
+def sizes(jaxpr):
+  """Elements of every array that a program makes, inner programs included."""
+  for equation in jaxpr.eqns:
+    yield from (v.aval.size for v in equation.outvars)
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      yield from sizes(inner)
+
+
+@pytest.mark.parametrize("group", [None, 32])
+def test_no_array_is_larger_than_a_block_or_the_rows(group):
+  rows, width, block = 64, 4, 16
+  x = np.ones((rows, width), np.float32)
+
+  def largest(block):
+    def both(query, key):
+      ids = jnp.zeros((rows, 2), int)
+      loss = functools.partial(
+        contrastive.info_nce, identity_AM=ids, group=group, block=block
+      )
+      return (
+        jax.value_and_grad(loss, (0, 1, 2))(query, key, 0.1),
+        contrastive.accuracy(query, key, ids, block=block),
+      )
+
+    return max(sizes(jax.make_jaxpr(both)(x, x).jaxpr))
+
+  assert largest(block) == max(rows * width, block**2)
+  assert largest(None) == rows * rows  # the test sees a whole matrix
 
 
 @pytest.mark.parametrize("same", ["none", "ignore", "positive"])
@@ -165,6 +201,11 @@ def test_nothing_valid_gives_zero_and_no_gradient(same):
   value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(query, key)
   assert value == 0
   assert all(np.all(np.asarray(grad) == 0) for grad in grads)
+
+
+def test_no_rows_give_zero():
+  nothing = np.zeros((0, 4), np.float32)
+  assert contrastive.info_nce(nothing, nothing, 0.1, block=2) == 0
 
 
 @pytest.mark.parametrize("same", ["none", "ignore", "positive"])
@@ -301,6 +342,22 @@ def test_accuracy_counts_keys_that_show_the_same():
   query = key[[1, 0, 3, 2]]
   ids = np.array([[0, 5], [0, 6], [1, 7], [2, 8]])
   assert contrastive.accuracy(query, key, ids) == 0.5
+
+
+@pytest.mark.parametrize("block", [None, 5, 1])
+def test_accuracy_equals_the_loop_over_queries(block):
+  query, key = pairs(17, 4)
+  key[11] = key[3]  # equally similar: the first of them counts
+  query[:3] = key[3]
+  ids = np.random.default_rng(4).integers(0, 5, (17, 2), np.int32)
+  ids[:3], ids[3], ids[11] = [5, 5], [5, 0], [6, 0]
+  units = query / np.linalg.norm(query, axis=1, keepdims=True)
+  others = key / np.linalg.norm(key, axis=1, keepdims=True)
+  best = np.argmax(np.round(units @ others.T, 5), axis=1)
+  assert list(best[:3]) == [3, 3, 3]
+  hits = [np.any(ids[i] == ids[j]) for i, j in enumerate(best)]
+  found = contrastive.accuracy(query, key, ids, block=block)
+  np.testing.assert_allclose(found, np.mean(hits), rtol=1e-6)
 
 
 def test_rows_show_the_same_if_they_agree_in_any_column():

@@ -45,7 +45,7 @@ def test_the_count_is_that_of_the_products_the_system_runs(
   monkeypatch.setattr(
     contrastive, "info_nce", lambda query, *_, **__: jnp.sum(query)
   )
-  monkeypatch.setattr(contrastive, "accuracy", lambda *_: jnp.zeros(()))
+  monkeypatch.setattr(contrastive, "accuracy", lambda *_, **__: jnp.zeros(()))
   monkeypatch.setattr(
     matching,
     "similarity_in_groups",

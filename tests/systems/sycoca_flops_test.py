@@ -63,7 +63,7 @@ def test_the_count_is_that_of_the_products_the_system_runs(
   monkeypatch.setattr(
     contrastive, "info_nce", lambda query, *_, **__: jnp.sum(query)
   )
-  monkeypatch.setattr(contrastive, "accuracy", lambda *_: jnp.zeros(()))
+  monkeypatch.setattr(contrastive, "accuracy", lambda *_, **__: jnp.zeros(()))
   config = random_pairs.sycoca(*names, batch_size=2, **options)
   assert count(config) == 2 * sycoca_flops.forward(config).total
 
