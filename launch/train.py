@@ -25,7 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import flags
 
-from glscl_jax import command_line
+from glscl_jax import command_line, processes
 from glscl_jax import config as config_lib
 from glscl_jax.export import weights
 from glscl_jax.tasks import retrieval
@@ -47,12 +47,17 @@ def _run(values: flags.FlagValues) -> int:
       read_params=weights.read_params,
     )
     return 0
-  summary = loop.train(
-    config,
-    values.workdir,
-    evaluate=retrieval.evaluate,
-    read_params=weights.read_params,
-  )
+  with processes.joined(
+    processes.find(values),
+    join_timeout=values.join_timeout,
+    heartbeat_timeout=values.heartbeat_timeout,
+  ):
+    summary = loop.train(
+      config,
+      values.workdir,
+      evaluate=retrieval.evaluate,
+      read_params=weights.read_params,
+    )
   return 0 if summary.stopped_by is None else 128 + summary.stopped_by
 
 
@@ -71,6 +76,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   flags.DEFINE_bool(
     "compile", False, "With --dry_run: compile too.", flag_values=values
   )
+  processes.define_flags(values)
   command_line.parse_recipe(values, argv, doc=__doc__, required=["workdir"])
   if values.compile and not values.dry_run:
     raise flags.Error("--compile goes with --dry_run: training compiles anyway")

@@ -39,7 +39,7 @@ LAYERS = [
   {"systems", "data", "sharding"},
   {"objectives", "models"},
   {"config", "types"},
-  {"atomic", "errors", "huge_pages"},
+  {"atomic", "errors", "huge_pages", "processes", "roll_call"},
 ]
 LEVEL = {name: -row for row, names in enumerate(LAYERS) for name in names}
 ONLY_TYPES = {"objectives"}  # pure functions of arrays

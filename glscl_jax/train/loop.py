@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from glscl_jax import atomic, errors, sharding
+from glscl_jax import atomic, errors, processes, sharding
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, pipeline, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
@@ -80,12 +80,15 @@ class Stop:
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> Stop:
-    # With several processes jax's coordination service listens to SIGTERM,
-    # so that all stop at the same step.
-    main = threading.current_thread() is threading.main_thread()
-    if main and jax.process_count() == 1:
+    if threading.current_thread() is not threading.main_thread():
+      return self
+    if jax.process_count() == 1:
       for number in self.SIGNALS:
         self._before[number] = signal.signal(number, self._handle)
+    elif signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+      # With several processes jax's coordination service listens to SIGTERM,
+      # so that all stop at the same step.
+      self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._forward)
     return self
 
   def __exit__(self, *error: object) -> None:
@@ -101,6 +104,11 @@ class Stop:
     self._restore()
     # A log line could re-enter a write that the signal interrupted.
     os.write(2, b"\nstopping after this step (again: at once)\n")
+
+  def _forward(self, number: int, frame: types.FrameType | None) -> None:
+    self._restore()
+    os.write(2, b"\nstopping all processes (again: this one at once)\n")
+    signal.raise_signal(signal.SIGTERM)
 
   def asked(self, step: int) -> bool:
     """Whether every process should stop after `step`."""
@@ -179,6 +187,7 @@ def train(
     )
   checkpoint.check_writable(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
+  processes.check_shared(workdir, option=f"--workdir={workdir}")
   with contextlib.ExitStack() as stack:
     log = metrics.RunLog(
       workdir, process_index=jax.process_index(), stream=stream
@@ -219,7 +228,10 @@ class _Run:
       self.workdir,
       log=self.log,
       step=self.start_step,
-      num_steps=self.config.train.profile_steps,
+      # Of one process: traces are told apart by their host alone.
+      num_steps=(
+        self.config.train.profile_steps if jax.process_index() == 0 else 0
+      ),
     )
 
 
