@@ -298,7 +298,7 @@ def _read_metadata(name: str) -> str | None:
 @contextlib.contextmanager
 def joined(
   cluster: Cluster | None, *, join_timeout: float, heartbeat_timeout: float
-) -> Iterator[None]:
+) -> Iterator[roll_call.RollCall | None]:
   """Within, this process is one of the cluster's to jax.
 
   An error inside ends this process at once, after the others were told: what
@@ -310,11 +310,14 @@ def joined(
     join_timeout: seconds until all must be there.
     heartbeat_timeout: seconds of silence after which one counts as lost.
 
+  Yields:
+    What the processes hear from each other by; None where it is alone.
+
   Raises:
     RollCallError: not all have come.
   """
   if cluster is None:
-    yield
+    yield None
     return
   host, port = split_address(cluster.address)
   seat = roll_call.Seat(
@@ -330,7 +333,7 @@ def joined(
   )
   try:
     _initialize(cluster, host, service_port, join_timeout, heartbeat_timeout)
-    yield
+    yield calls
     jax.distributed.shutdown()  # all have come here
   except errors.UserError as error:
     calls.fail(str(error), code=2)
@@ -356,6 +359,9 @@ def _initialize(
   join_timeout: float,
   heartbeat_timeout: float,
 ) -> None:
+  # It would take SIGTERM for itself and, in a run that is continued, lose one
+  # that comes before the first step.
+  jax.config.update("jax_enable_preemption_service", False)
   address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
   inside = "[::1]" if host == "::1" else "127.0.0.1"
   jax.distributed.initialize(

@@ -4,8 +4,11 @@ Process 0 listens; the others connect, say who they are, and the run begins
 when all have. The connections stay open. When a process dies its connection
 closes, when its host or network dies it falls silent, and when it fails it
 says so: process 0 passes on what it has learnt, and every process ends, where
-a collective would wait for ever. Messages are lines of JSON. Imports nothing
-of jax: nothing is compiled or placed before all are there.
+a collective would wait for ever. A stop that one process is asked for becomes
+a stop of all after the same step.
+
+Messages are lines of JSON. Imports nothing of jax: nothing is compiled or
+placed before all are there.
 """
 
 from __future__ import annotations
@@ -157,11 +160,38 @@ class RollCall:
     self._names = names
     self._on_end = on_end
     self._left: set[int] = set()  # processes that have said goodbye
+    # A signal handler may find any lock taken: it only leaves a number here.
+    self._wanted: int | None = None
+    self._sent_wanted = False
+    self._stop = threading.Condition()
+    self._passed = -1  # last step after which this process went on
+    self._reason: int | None = None  # set: all processes are about to stop
+    self._reports: dict[int, int] = {}  # in process 0: what the others passed
+    self._stop_after: int | None = None  # the step that all stop after
     self._over = threading.Event()
     self._thread = threading.Thread(
       target=self._watch, name="roll-call", daemon=True
     )
     self._thread.start()
+
+  def want_stop(self, number: int) -> None:
+    """Asks all processes to stop soon, for a reason; safe in a handler."""
+    self._wanted = number
+
+  def must_stop(self, step: int) -> int | None:
+    """Whether all processes stop after `step`: the reason, or None.
+
+    Every process asks after each of its steps, and gets the same answers.
+    While they agree on a step, a process waits here: those that have gone on
+    are at most one step further, and will find the others there.
+    """
+    with self._stop:
+      while self._reason is not None and self._stop_after is None:
+        self._stop.wait()
+      if self._stop_after is not None and step >= self._stop_after:
+        return self._reason
+      self._passed = step
+      return None
 
   def fail(self, text: str, *, code: int) -> None:
     """Tells all others that this process ends, and why."""
@@ -190,6 +220,9 @@ class RollCall:
       for process, line in self._lines.items():
         selector.register(line.connection, selectors.EVENT_READ, process)
       while not self._over.is_set():
+        if self._wanted is not None and not self._sent_wanted:
+          self._sent_wanted = True
+          self._ask_stop(self._wanted)
         if time.monotonic() - said >= patience / PINGS:
           said = time.monotonic()
           for process in self._lines.keys() - self._left:
@@ -223,7 +256,48 @@ class RollCall:
         return None
       if "ended" in message:
         return Verdict(text=message["ended"], code=message["code"])
+      self._take_stop(process, message)
     return None
+
+  def _ask_stop(self, number: int) -> None:
+    """Process 0 asks how far all are; the others ask it to do so."""
+    if self._seat.process_id:
+      self._lines[0].send(stop=number)
+    elif self._reason is None:
+      passed = self._pause(number)
+      for line in self._lines.values():
+        line.send(pause=number)
+      self._report(0, passed)
+
+  def _pause(self, number: int) -> int:
+    """From here on `must_stop` waits; returns how far this process is."""
+    with self._stop:
+      self._reason = number
+      return self._passed
+
+  def _report(self, process: int, passed: int) -> None:
+    """Process 0: the last report settles where all stop."""
+    self._reports[process] = passed
+    if len(self._reports) == self._seat.num_processes:
+      step = max(self._reports.values()) + 1
+      for line in self._lines.values():
+        line.send(stop_after=step)
+      self._settle(step)
+
+  def _settle(self, step: int) -> None:
+    with self._stop:
+      self._stop_after = step
+      self._stop.notify_all()
+
+  def _take_stop(self, process: int, message: dict[str, Any]) -> None:
+    if "stop" in message:
+      self._ask_stop(message["stop"])
+    elif "pause" in message:
+      self._lines[0].send(passed=self._pause(message["pause"]))
+    elif "passed" in message:
+      self._report(process, message["passed"])
+    elif "stop_after" in message:
+      self._settle(message["stop_after"])
 
   def _find_silent(self, patience: float) -> int | None:
     now = time.monotonic()

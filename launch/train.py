@@ -51,12 +51,13 @@ def _run(values: flags.FlagValues) -> int:
     processes.find(values),
     join_timeout=values.join_timeout,
     heartbeat_timeout=values.heartbeat_timeout,
-  ):
+  ) as calls:
     summary = loop.train(
       config,
       values.workdir,
       evaluate=retrieval.evaluate,
       read_params=weights.read_params,
+      calls=calls,
     )
   return 0 if summary.stopped_by is None else 128 + summary.stopped_by
 

@@ -29,9 +29,8 @@ from typing import Any, Protocol, TextIO
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from glscl_jax import atomic, errors, processes, sharding
+from glscl_jax import atomic, errors, processes, roll_call, sharding
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, pipeline, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
@@ -71,24 +70,23 @@ class Inputs:
 
 
 class Stop:
-  """Remembers SIGTERM or SIGINT; a second one ends the process at once."""
+  """Remembers SIGTERM or SIGINT; a second one ends the process at once.
+
+  Args:
+    calls: through which several processes agree on a step to stop after.
+  """
 
   SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-  def __init__(self) -> None:
+  def __init__(self, calls: roll_call.RollCall | None = None) -> None:
     self.number: int | None = None
+    self._calls = calls
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> Stop:
-    if threading.current_thread() is not threading.main_thread():
-      return self
-    if jax.process_count() == 1:
+    if threading.current_thread() is threading.main_thread():
       for number in self.SIGNALS:
         self._before[number] = signal.signal(number, self._handle)
-    elif signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-      # With several processes jax's coordination service listens to SIGTERM,
-      # so that all stop at the same step.
-      self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._forward)
     return self
 
   def __exit__(self, *error: object) -> None:
@@ -100,21 +98,18 @@ class Stop:
     self._before = {}
 
   def _handle(self, number: int, frame: types.FrameType | None) -> None:
-    self.number = number
+    if self._calls is None:
+      self.number = number
+    else:
+      self._calls.want_stop(number)
     self._restore()
     # A log line could re-enter a write that the signal interrupted.
     os.write(2, b"\nstopping after this step (again: at once)\n")
 
-  def _forward(self, number: int, frame: types.FrameType | None) -> None:
-    self._restore()
-    os.write(2, b"\nstopping all processes (again: this one at once)\n")
-    signal.raise_signal(signal.SIGTERM)
-
   def asked(self, step: int) -> bool:
     """Whether every process should stop after `step`."""
-    if jax.process_count() > 1 and self.number is None:
-      if multihost_utils.reached_preemption_sync_point(step):
-        self.number = signal.SIGTERM
+    if self._calls is not None:
+      self.number = self._calls.must_stop(step)
     return self.number is not None
 
 
@@ -165,6 +160,7 @@ def train(
   *,
   evaluate: Evaluate | None = None,
   read_params: initial.ReadParams = initial.read_work_dir,
+  calls: roll_call.RollCall | None = None,
   stream: TextIO | None = None,
 ) -> journal.Summary:
   """Trains until `config.train.num_steps`, or continues to it.
@@ -174,6 +170,7 @@ def train(
     workdir: made when missing; one that holds checkpoints is continued.
     evaluate: retrieval for `train.eval_every`.
     read_params: reads what `train.init_from` names.
+    calls: of `processes.joined`; None: this process is alone.
     stream: for people; standard output when None.
 
   Raises:
@@ -194,7 +191,7 @@ def train(
     )
     stack.callback(log.close)
     stack.enter_context(_warnings_to(log))
-    stop = stack.enter_context(Stop())
+    stop = stack.enter_context(Stop(calls))
     run = _start(config, workdir, read_params=read_params, log=log, stack=stack)
     return _run_steps(run, evaluate=evaluate, stop=stop)
 
