@@ -54,8 +54,9 @@ quote() {
   printf '%s' "${text# }"
 }
 
-# The command of the training, for a shell on another machine.
+# train_command PLATFORM: what trains, for a shell on another machine. A CPU in
+# place of an accelerator that does not work would go unseen for hours.
 train_command() {
-  quote .venv/bin/python launch/train.py \
+  quote env "JAX_PLATFORMS=$1,cpu" .venv/bin/python launch/train.py \
     ${train_arguments[@]+"${train_arguments[@]}"}
 }

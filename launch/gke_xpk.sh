@@ -31,10 +31,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ -n "$image" ]; then
   source=("--docker-image=$image")
-  command=$(train_command)
+  command=$(train_command tpu)
 else
   source=(--base-docker-image=python:3.11 --script-dir=.)
-  command="bash launch/install.sh tpu && $(train_command)"
+  command="bash launch/install.sh tpu && $(train_command tpu)"
 fi
 tier=()
 [ "$spot" = 0 ] || tier=(--spot)

@@ -22,5 +22,5 @@ here=$(dirname "${BASH_SOURCE[0]}")
 run nvidia-smi --list-gpus
 run bash "$here/install.sh" gpu
 # A CPU in place of a GPU that does not work would go unseen for hours.
-run_last env JAX_PLATFORMS=cuda "$here/../.venv/bin/python" "$here/train.py" \
-  ${train_arguments[@]+"${train_arguments[@]}"}
+run_last env JAX_PLATFORMS=cuda,cpu "$here/../.venv/bin/python" \
+  "$here/train.py" ${train_arguments[@]+"${train_arguments[@]}"}

@@ -75,14 +75,14 @@ provide() {
   done
 }
 
-install() {
+install() { # joined by &&: the caller looks at the result
   local archive=${TMPDIR:-/tmp}/glscl_jax-$name.tgz
   run tar --exclude=./.git --exclude=./.venv --exclude=./runs \
-    -czf "$archive" .
-  run "${tpus[@]}" tpu-vm scp "$archive" "$name:glscl_jax.tgz" "${where[@]}" \
-    --worker=all
-  # Images of TPU VMs have Python 3.10.
-  on_all_workers "command -v python3.11 >/dev/null || { sudo apt-get update -q \
+    -czf "$archive" . &&
+    run "${tpus[@]}" tpu-vm scp "$archive" "$name:glscl_jax.tgz" \
+      "${where[@]}" --worker=all &&
+    # Images of TPU VMs have Python 3.10.
+    on_all_workers "command -v python3.11 >/dev/null || { sudo apt-get update -q \
 && sudo apt-get install -yq python3.11-venv; } && mkdir -p glscl_jax && tar xzf \
 glscl_jax.tgz -C glscl_jax && cd glscl_jax && bash launch/install.sh tpu"
 }
@@ -111,7 +111,7 @@ esac
 while :; do
   provide
   code=0
-  install && on_all_workers "cd glscl_jax && $(train_command)" || code=$?
+  install && on_all_workers "cd glscl_jax && $(train_command tpu)" || code=$?
   [ "$dry_run" = 0 ] && [ "$code" != 0 ] || break
   # Where the slice is still there, the training itself has failed.
   [ "$(state)" != ACTIVE ] || break
