@@ -233,12 +233,12 @@ class RollCall:
             selector.unregister(key.fileobj)
             close_all([self._lines[key.data]])
           if verdict is not None:
-            self._end(key.data, verdict)
+            self._end(verdict)
             return
         silent = self._find_silent(patience)
         if silent is not None:
           text = f"has not been heard of for {patience:g} s"
-          self._end(silent, self._lost(silent, text))
+          self._end(self._lost(silent, text))
           return
 
   def _hear(self, process: int) -> Verdict | None:
@@ -309,11 +309,12 @@ class RollCall:
   def _lost(self, process: int, why: str) -> Verdict:
     return Verdict(text=f"{self._names[process]} {why}. {_ADVICE}", code=LOST)
 
-  def _end(self, process: int, verdict: Verdict) -> None:
+  def _end(self, verdict: Verdict) -> None:
     if self._over.is_set():
       return
-    for other in self._lines.keys() - {process}:
-      self._lines[other].send(ended=verdict.text, code=verdict.code)
+    # The lost one too: it may have been cut off for a while.
+    for line in self._lines.values():
+      line.send(ended=verdict.text, code=verdict.code)
     close_all(self._lines.values())
     self._on_end(verdict)
 
@@ -401,11 +402,12 @@ def _gather(seat: Seat) -> tuple[dict[int, Line], list[str]]:
           "start, with the same --coordinator_address?",
         )
       if told is None:
-        close_all([line])  # a stranger
+        line.connection.close()  # a stranger
         continue
       process = told["process"]
       if process in lines and lines[process].is_closed():
-        del lines[process], names[process]  # it ended, and came again
+        close_all([lines.pop(process)])  # it ended, and came again
+        del names[process]
       problem = _find_contradiction(seat, told, names)
       if problem is not None:
         _refuse([*lines.values(), line], problem)
@@ -425,9 +427,11 @@ def _introduction(line: Line) -> dict[str, Any] | None:
   except ValueError:
     return None
   line.connection.settimeout(10.0)
-  if not messages or messages[0].keys() != {"process", "of", "name"}:
+  if not messages:
     return None
-  return messages[0]
+  kinds = {name: type(value) for name, value in messages[0].items()}
+  known = {"process": int, "of": int, "name": str}
+  return messages[0] if kinds == known else None
 
 
 def _find_contradiction(
