@@ -34,7 +34,7 @@ from glscl_jax import errors, roll_call
 JOIN_TIMEOUT = 300.0  # seconds; hosts of a pod start minutes apart
 HEARTBEAT_TIMEOUT = 100.0  # seconds, as jax's
 JAX_GRACE = 60  # seconds more that jax waits, so that its abort comes last
-NEWS_SECONDS = 5.0  # a broken collective is known before its reason
+NEWS_SECONDS = 2.0  # a broken collective may be known before its reason
 SHARED_SECONDS = 30.0  # until a network file system shows a new file
 TPU_PORT = 8482  # jax's own choice
 FIRST_PORT, NUM_PORTS = 61440, 4096  # above what systems hand out, as jax does
@@ -336,15 +336,14 @@ def joined(
     yield calls
     jax.distributed.shutdown()  # all have come here
   except errors.UserError as error:
+    calls.wait_for_news(NEWS_SECONDS)
     calls.fail(str(error), code=2)
     _end(roll_call.Verdict(text=str(error), code=2))
   except KeyboardInterrupt:
     calls.fail("it was interrupted", code=130)
     _end(roll_call.Verdict(text="interrupted", code=130))
   except Exception as error:
-    if isinstance(error, jax.errors.JaxRuntimeError):
-      # What a collective says when its other end is gone; the thread may know.
-      time.sleep(NEWS_SECONDS)
+    calls.wait_for_news(NEWS_SECONDS)
     traceback.print_exc()
     last = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
     calls.fail(f"{last:.300} (its output has more)", code=1)

@@ -169,6 +169,7 @@ class RollCall:
     self._reports: dict[int, int] = {}  # in process 0: what the others passed
     self._stop_after: int | None = None  # the step that all stop after
     self._over = threading.Event()
+    self._ending = threading.Event()
     self._thread = threading.Thread(
       target=self._watch, name="roll-call", daemon=True
     )
@@ -192,6 +193,15 @@ class RollCall:
         return self._reason
       self._passed = step
       return None
+
+  def wait_for_news(self, seconds: float) -> None:
+    """Returns when nobody is known to be lost; else the thread ends it all.
+
+    Called after an error, which may be what a collective says whose other end
+    is gone: connections close together, but are noticed in any order.
+    """
+    if self._ending.wait(seconds):
+      self._thread.join()
 
   def fail(self, text: str, *, code: int) -> None:
     """Tells all others that this process ends, and why."""
@@ -312,6 +322,7 @@ class RollCall:
   def _end(self, verdict: Verdict) -> None:
     if self._over.is_set():
       return
+    self._ending.set()
     # The lost one too: it may have been cut off for a while.
     for line in self._lines.values():
       line.send(ended=verdict.text, code=verdict.code)
