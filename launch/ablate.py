@@ -40,6 +40,7 @@ from glscl_jax.train import metrics
 ROOT = pathlib.Path(__file__).parents[1]
 DONE = "done.txt"  # the commands that were run to their end
 TOWERS = "towers"  # folder of the weights that rows start from
+COMPILED = "compiled"  # folder of programs, which the seeds of a row share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,8 +209,11 @@ def is_done(job: Job) -> bool:
 class Table:
   """Runs jobs, some at a time, and says how far they are."""
 
-  def __init__(self, jobs: Sequence[Job], *, at_a_time: int):
+  def __init__(
+    self, jobs: Sequence[Job], *, at_a_time: int, compiled: pathlib.Path
+  ):
     self._jobs = jobs
+    self._compiled = compiled
     self._at_a_time = at_a_time
     self._finished = {job.name: threading.Event() for job in jobs}
     self._failed: dict[str, str] = {}
@@ -262,6 +266,7 @@ class Table:
     job.workdir.mkdir(parents=True, exist_ok=True)
     log_path = job.workdir / "log.txt"
     environment = dict(os.environ)
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(self._compiled))
     if self._at_a_time > 1:  # several processes on one accelerator
       environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with open(log_path, "ab") as log:
@@ -344,7 +349,9 @@ def _run(values: flags.FlagValues) -> int:
     steps=values.steps,
     limit=values.limit,
   )
-  failed = Table(jobs, at_a_time=values.jobs).run()
+  failed = Table(
+    jobs, at_a_time=values.jobs, compiled=workdir / COMPILED
+  ).run()
   output = workdir / values.suite
   runs = find_runs(jobs, rows=rows)
   if any(runs.values()):
