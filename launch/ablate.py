@@ -210,10 +210,14 @@ class Table:
   """Runs jobs, some at a time, and says how far they are."""
 
   def __init__(
-    self, jobs: Sequence[Job], *, at_a_time: int, compiled: pathlib.Path
+    self,
+    jobs: Sequence[Job],
+    *,
+    at_a_time: int,
+    environment: Mapping[str, str] = types.MappingProxyType({}),
   ):
     self._jobs = jobs
-    self._compiled = compiled
+    self._environment = environment  # where this process has none of the name
     self._at_a_time = at_a_time
     self._finished = {job.name: threading.Event() for job in jobs}
     self._failed: dict[str, str] = {}
@@ -265,8 +269,7 @@ class Table:
     """Why a command failed; empty where all did well."""
     job.workdir.mkdir(parents=True, exist_ok=True)
     log_path = job.workdir / "log.txt"
-    environment = dict(os.environ)
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(self._compiled))
+    environment = dict(self._environment) | dict(os.environ)
     if self._at_a_time > 1:  # several processes on one accelerator
       environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with open(log_path, "ab") as log:
@@ -350,7 +353,9 @@ def _run(values: flags.FlagValues) -> int:
     limit=values.limit,
   )
   failed = Table(
-    jobs, at_a_time=values.jobs, compiled=workdir / COMPILED
+    jobs,
+    at_a_time=values.jobs,
+    environment={"JAX_COMPILATION_CACHE_DIR": str(workdir / COMPILED)},
   ).run()
   output = workdir / values.suite
   runs = find_runs(jobs, rows=rows)
