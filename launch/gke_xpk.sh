@@ -12,6 +12,7 @@
 # names a file system that xpk has attached: data and work directory must lie on
 # one that all hosts share. Preempted or lost hosts start all processes again,
 # and the run continues.
+set -euo pipefail
 # shellcheck source=launch/commands.sh
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 

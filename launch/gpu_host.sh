@@ -6,6 +6,7 @@
 #
 # Installs jax for CUDA into .venv first. CUDA_VISIBLE_DEVICES=0,1 takes some
 # GPUs. Ctrl-C or SIGTERM saves; the same command continues.
+set -euo pipefail
 # shellcheck source=launch/commands.sh
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 

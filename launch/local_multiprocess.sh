@@ -7,6 +7,7 @@
 # Each has one device; XLA_FLAGS=--xla_force_host_platform_device_count=4 gives
 # each four. Ctrl-C or SIGTERM ends all after a step that is saved; the same
 # command continues, also with another N.
+set -euo pipefail
 # shellcheck source=launch/commands.sh
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 

@@ -10,6 +10,7 @@
 # seen by all nodes; `bash launch/install.sh gpu` on one of them comes first.
 # Before its time is over and on preemption the job saves and goes back into the
 # queue, as it does when a node was lost. scancel ends it for good.
+set -euo pipefail
 # shellcheck source=launch/commands.sh
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 

@@ -11,6 +11,7 @@
 # waits for it, copies this folder to all workers, installs, and trains. The
 # same command again continues, and a slice that was preempted is replaced. Data
 # and work directory must lie on a file system that all workers have mounted.
+set -euo pipefail
 # shellcheck source=launch/commands.sh
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 

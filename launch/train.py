@@ -3,9 +3,12 @@ r"""Trains: the same command again continues.
   python launch/train.py --config=configs/quickstart.py --workdir=DIR
   python launch/train.py --config=configs/X.py:arg --workdir=DIR \
     --config.data.dir=DATA --config.train.num_steps=1000 [--dry_run]
+  python launch/train.py --config=.. --workdir=.. --num_processes=2 \
+    --process_id=0 --coordinator_address=HOST:PORT  # and 1, on another host
 
 Exit code 0: finished (or the dry run passed). 2: `error: ...` says what to
 change. 128 + N: signal N (130: Ctrl-C, 143: SIGTERM) stopped it after a save.
+75: another process of the run was lost; the same commands continue.
 JAX_COMPILATION_CACHE_DIR=DIR keeps compiled steps between starts.
 """
 
