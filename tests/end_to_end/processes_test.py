@@ -86,20 +86,33 @@ def test_two_processes_train_as_one_and_stop_together_and_one_continues(
     assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
+@pytest.fixture
+def start_both(starter):
+  """Starts a function of `spin` in two processes; none outlives the test."""
+  context = multiprocessing.get_context("forkserver")
+  both = []
+
+  def start(function, folder):
+    port = free_port()
+    for number in (0, 1):
+      process = context.Process(
+        target=function, args=(port, number, str(folder)), daemon=True
+      )
+      process.start()
+      both.append(process)
+    return both
+
+  yield start
+  for process in both:
+    process.kill()
+    process.join()
+
+
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_killed_process_ends_the_other_with_an_error_that_says_so(
-  starter, tmp_path, dead
+  start_both, tmp_path, dead
 ):
-  context = multiprocessing.get_context("forkserver")
-  port = free_port()
-  both = [
-    context.Process(
-      target=spin.run, args=(port, number, str(tmp_path)), daemon=True
-    )
-    for number in (0, 1)
-  ]
-  for process in both:
-    process.start()
+  both = start_both(spin.add_up, tmp_path)
   end = time.monotonic() + TIMEOUT
   while not all((tmp_path / str(number)).exists() for number in (0, 1)):
     assert time.monotonic() < end
@@ -107,10 +120,22 @@ def test_a_killed_process_ends_the_other_with_an_error_that_says_so(
     time.sleep(0.01)
   both[dead].kill()
   left = both[1 - dead]
-  left.join(20.0)
+  left.join(TIMEOUT)
   said = (tmp_path / f"out-{1 - dead}").read_text()
   assert left.exitcode == roll_call.LOST, said
   assert f"error: process {dead} of 2 (host " in said
   assert f"pid {both[dead].pid}) ended without a word" in said
   assert "start all processes again" in said
   assert "Traceback" not in said
+
+
+def test_a_work_dir_that_is_not_shared_ends_both_with_an_error(
+  start_both, tmp_path
+):
+  both = start_both(spin.look, tmp_path)
+  for number, process in enumerate(both):
+    process.join(TIMEOUT)
+    said = (tmp_path / f"out-{number}").read_text()
+    assert process.exitcode == 2, said
+    assert "--workdir=own: processes 1 do not see what process 0" in said
+  assert list((tmp_path / "own-0").iterdir()) == []

@@ -1,10 +1,9 @@
-"""A process of several that adds up numbers of all, until it is ended."""
+"""Processes of several that are cheap: no model is compiled."""
 
 from __future__ import annotations
 
 import os
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from glscl_jax import processes
 
 
-def run(port: int, number: int, folder: str) -> None:
-  """Touches `folder/NUMBER` once the first sum is there."""
+def joined(port: int, number: int, folder: str):
+  """One of two; what it prints goes to `folder/out-NUMBER`."""
   file = os.open(f"{folder}/out-{number}", os.O_WRONLY | os.O_CREAT)
   os.dup2(file, 1)
   os.dup2(file, 2)
@@ -25,7 +24,12 @@ def run(port: int, number: int, folder: str) -> None:
     num_processes=2,
     process_id=number,
   )
-  with processes.joined(cluster, join_timeout=60.0, heartbeat_timeout=60.0):
+  return processes.joined(cluster, join_timeout=60.0, heartbeat_timeout=60.0)
+
+
+def add_up(port: int, number: int, folder: str) -> None:
+  """Sums over both for ever; touches `folder/NUMBER` after the first."""
+  with joined(port, number, folder):
     mesh = jax.sharding.Mesh(jax.devices(), ("data",))
     add = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))
     ones = jax.make_array_from_process_local_data(
@@ -34,4 +38,12 @@ def run(port: int, number: int, folder: str) -> None:
     while True:
       assert float(add(ones)) == 8.0
       pathlib.Path(folder, str(number)).touch()
-  sys.exit(0)
+
+
+def look(port: int, number: int, folder: str) -> None:
+  """Asks for a folder of its own, as if it were one for both."""
+  processes.SHARED_SECONDS = 0.5
+  own = pathlib.Path(folder, f"own-{number}")
+  own.mkdir()
+  with joined(port, number, folder):
+    processes.check_shared(own, option="--workdir=own")
