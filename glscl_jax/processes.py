@@ -17,7 +17,6 @@ import os
 import pathlib
 import re
 import socket
-import sys
 import time
 import traceback
 import urllib.error
@@ -328,9 +327,7 @@ def joined(
     join_timeout=join_timeout,
     heartbeat_timeout=heartbeat_timeout,
   )
-  calls, service_port = roll_call.join(
-    seat, offer=_find_port, on_end=lambda verdict: _end(verdict)
-  )
+  calls, service_port = roll_call.join(seat, offer=_find_port, on_end=_end)
   try:
     _initialize(cluster, host, service_port, join_timeout, heartbeat_timeout)
     yield calls
@@ -385,8 +382,7 @@ def _find_port() -> int:
 
 
 def _end(verdict: roll_call.Verdict) -> None:
-  """Ends this process, whatever its threads wait for."""
-  sys.stdout.flush()
+  """Ends this process, whatever its threads wait for and hold."""
   os.write(2, f"error: {verdict.text}\n".encode())
   for worker in multiprocessing.active_children():
     worker.terminate()
