@@ -84,6 +84,8 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   command_line.parse_recipe(values, argv, doc=__doc__, required=["workdir"])
   if values.compile and not values.dry_run:
     raise flags.Error("--compile goes with --dry_run: training compiles anyway")
+  if values.dry_run and values.num_processes is not None:
+    raise flags.Error("--dry_run looks at one process: without --num_processes")
   return values
 
 

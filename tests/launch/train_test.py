@@ -47,3 +47,10 @@ def test_compile_without_a_dry_run_is_refused(tmp_path):
   assert train.parse([*arguments, "--dry_run"]).compile
   with pytest.raises(flags.Error, match="--compile goes with --dry_run"):
     train.parse(arguments)
+
+
+def test_a_dry_run_of_several_processes_is_refused(tmp_path):
+  arguments = ["launch/train.py", f"--workdir={tmp_path}", "--dry_run"]
+  arguments.append(f"--config={ROOT / 'configs' / 'tiny.py'}")
+  with pytest.raises(flags.Error, match="--dry_run looks at one process"):
+    train.parse([*arguments, "--num_processes=2"])
