@@ -66,17 +66,13 @@ def bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """uint16 of a shape whose first axis counts rows."""
   count, size = shape[0], math.prod(shape[1:])
   row_A = places(count)
-  if jax.random.key_impl(key) != "threefry2x32":
-    draw = lambda row: jax.random.bits(  # noqa: E731
-      jax.random.fold_in(key, row), (size,), jnp.uint16
-    )
-    return jax.vmap(draw)(row_A).reshape(shape)
   # One block of threefry, 64 bits, is four numbers. Its counter is the place
   # of the row and that of the block in it: nothing is drawn for other rows.
+  # Keys of other generators serve as keys of this one.
   num_blocks = -(-size // 4)
   block_AJ = jax.lax.broadcasted_iota(jnp.uint32, (count, num_blocks), 1)
   words = jax.extend.random.threefry2x32_p.bind(
-    *jax.random.key_data(key),
+    *jax.random.key_data(key)[:2],
     jnp.broadcast_to(row_A[:, None], block_AJ.shape),
     block_AJ,
   )

@@ -39,7 +39,7 @@ def test_a_share_of_one_minus_rate_is_kept(rate):
 def test_gumbel_noise_draws_by_softmax():
   logits_V = jnp.array([0.0, 1.0, 2.0])
   noise_AV = draws.gumbel(KEY, (20_000, 3))
-  drawn_A = np.asarray(jnp.argmax(logits_V + noise_AV, axis=1))
+  drawn_A = np.asarray(jnp.argmax(logits_V[None] + noise_AV, axis=1))
   found_V = np.bincount(drawn_A, minlength=3) / len(drawn_A)
   np.testing.assert_allclose(found_V, jax.nn.softmax(logits_V), atol=0.015)
 
