@@ -86,11 +86,15 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
   """A mesh over `devices`, by default all of them.
 
+  Devices of one process stay together, so that the rows of a batch which a
+  process makes are one block.
+
   Raises:
     ConfigError: the sizes do not multiply to the number of devices.
   """
   sizes = np.array([config.data, config.fsdp, config.tensor])
-  count = jax.device_count() if devices is None else len(devices)
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   known = int(np.prod(sizes[sizes != -1]))
   if -1 in sizes and count % known == 0:
     sizes[sizes == -1] = count // known
@@ -99,11 +103,15 @@ def make_mesh(
       f"config.mesh: data x fsdp x tensor = {tuple(map(int, sizes))} does not "
       f"give the {count} devices that are here; set one of them to -1"
     )
-  return jax.make_mesh(
-    tuple(map(int, sizes)),
-    AXES,
-    axis_types=(AxisType.Auto,) * 3,
-    devices=devices,
+  shape, types = tuple(map(int, sizes)), (AxisType.Auto,) * 3
+  if len({device.process_index for device in devices}) == 1:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  # jax would follow the wires of a TPU slice, in and out of its hosts.
+  ordered = sorted(
+    devices, key=lambda device: (device.process_index, device.id)
+  )
+  return jax.sharding.Mesh(
+    np.array(ordered).reshape(shape), AXES, axis_types=types
   )
 
 

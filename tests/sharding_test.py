@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 
@@ -156,3 +157,27 @@ def test_a_batch_is_split_over_data_and_fsdp():
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   assert sharding.batch_sharding(mesh).shard_shape((8, 5)) == (2, 5)
   assert sharding.replicated(mesh).shard_shape((8, 5)) == (8, 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a mesh asks of a device: here of hosts that hold 2 x 2 of a slice."""
+
+  id: int
+  process_index: int
+  platform: str = "tpu"
+  device_kind: str = "TPU v5 lite"
+
+
+def test_devices_of_a_process_stay_together():
+  # By their place in the slice, row by row, hosts take turns.
+  place = [
+    (x // 2 + 2 * (y // 2), x % 2 + 2 * (y % 2))
+    for y in range(4)
+    for x in range(4)
+  ]
+  chips = [Chip(4 * host + chip, host) for host, chip in place]
+  mesh = sharding.make_mesh(MeshConfig(fsdp=4), devices=chips)
+  assert mesh.devices.shape == (4, 4, 1)
+  hosts = [chip.process_index for chip in mesh.devices.flat]
+  assert hosts == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
