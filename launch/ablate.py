@@ -40,6 +40,7 @@ from glscl_jax.train import metrics
 ROOT = pathlib.Path(__file__).parents[1]
 DONE = "done.txt"  # the commands that were run to their end
 TOWERS = "towers"  # folder of the weights that rows start from
+COMPILED = "compiled"  # folder of programs, which the seeds of a row share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,8 +209,15 @@ def is_done(job: Job) -> bool:
 class Table:
   """Runs jobs, some at a time, and says how far they are."""
 
-  def __init__(self, jobs: Sequence[Job], *, at_a_time: int):
+  def __init__(
+    self,
+    jobs: Sequence[Job],
+    *,
+    at_a_time: int,
+    environment: Mapping[str, str] = types.MappingProxyType({}),
+  ):
     self._jobs = jobs
+    self._environment = environment  # where this process has none of the name
     self._at_a_time = at_a_time
     self._finished = {job.name: threading.Event() for job in jobs}
     self._failed: dict[str, str] = {}
@@ -261,7 +269,7 @@ class Table:
     """Why a command failed; empty where all did well."""
     job.workdir.mkdir(parents=True, exist_ok=True)
     log_path = job.workdir / "log.txt"
-    environment = dict(os.environ)
+    environment = dict(self._environment) | dict(os.environ)
     if self._at_a_time > 1:  # several processes on one accelerator
       environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with open(log_path, "ab") as log:
@@ -344,7 +352,11 @@ def _run(values: flags.FlagValues) -> int:
     steps=values.steps,
     limit=values.limit,
   )
-  failed = Table(jobs, at_a_time=values.jobs).run()
+  failed = Table(
+    jobs,
+    at_a_time=values.jobs,
+    environment={"JAX_COMPILATION_CACHE_DIR": str(workdir / COMPILED)},
+  ).run()
   output = workdir / values.suite
   runs = find_runs(jobs, rows=rows)
   if any(runs.values()):

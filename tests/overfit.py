@@ -66,17 +66,16 @@ def train(config: Config, batch: Batch) -> Trained:
   }
   shuffled = put(random_pairs.change(batch, **texts))
   batch = put(batch)
+  key = state_lib.run_key(config, mesh, "step")
   train_step = (
     step_lib.make_train_step(config, mesh)
-    .lower(state_lib.abstract_state(config, mesh), batch)
+    .lower(state_lib.abstract_state(config, mesh), batch, key)
     .compile()
   )
-  state = jax.device_put(
-    jax.jit(lambda: state_lib.create(config))(), sharding.replicated(mesh)
-  )
+  state = state_lib.make_state(config, mesh)
 
   def step(state, batch):
-    state, metrics = train_step(state, batch)
+    state, metrics = train_step(state, batch, key)
     return state, {name: float(value) for name, value in metrics.items()}
 
   state, first = step(state, batch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
@@ -137,6 +138,7 @@ def _key(words: Sequence[Sequence[str]]) -> str:
   return re.sub(r"^\W+|\W+$", "", text)
 
 
+@functools.lru_cache(maxsize=2**16)  # captions say the same again and again
 def singulars(phrase: str) -> tuple[str, ...]:
   """What a phrase may be the plural of; many of these are no words."""
   *before, last = phrase.split(" ")
@@ -264,10 +266,11 @@ def _assign(
 ) -> list[_Found]:
   """Gives candidates, in their order, a region that no other one has."""
   found, words, taken = [], set(), set()
+  class_of = class_R.tolist()
   for unit, classes, used in candidates:
     if not words.isdisjoint(used):
       continue
-    named = np.flatnonzero(np.isin(class_R, sorted(classes))).tolist()
+    named = [region for region, c in enumerate(class_of) if c in classes]
     free = [region for region in named if region not in taken]
     if not free:
       continue

@@ -86,15 +86,18 @@ def bench(
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     say(f"compiling the step of {num_params:,} parameters")
     started = time.perf_counter()
-    step = step_lib.make_train_step(config, mesh).lower(state, batch).compile()
+    key = state_lib.run_key(config, mesh, "step")
+    step = (
+      step_lib.make_train_step(config, mesh).lower(state, batch, key).compile()
+    )
     compiled = time.perf_counter() - started
     say(f"compiled in {compiled:.1f} s; timing {num_steps} steps")
-    state, seconds = _time_steps(step, state, batch, num_steps)
+    state, seconds = _time_steps(step, state, batch, key, num_steps)
     say(f"timing {num_steps} batches of the pipeline")
     ahead = count_ahead(config.data)
     data_seconds = _time_data(inputs.iterator, num_steps, ahead=ahead)
     say(f"timing {num_steps} steps, each with a batch of its own")
-    data_wait = _time_both(step, state, inputs, num_steps)
+    data_wait = _time_both(step, state, inputs, key, num_steps)
   finally:
     inputs.iterator.close()
   size = config.data.batch_size
@@ -153,13 +156,17 @@ def format_figures(found: Figures) -> str:
 
 
 def _time_steps(
-  step: Any, state: state_lib.TrainState, batch: Any, count: int
+  step: Any,
+  state: state_lib.TrainState,
+  batch: Any,
+  key: jax.Array,
+  count: int,
 ) -> tuple[state_lib.TrainState, Spread]:
   """Each step to its end, the same batch again and again."""
   seconds = []
   for _ in range(WARM_UP + count):
     started = time.perf_counter()
-    state, values = step(state, batch)
+    state, values = step(state, batch, key)
     jax.block_until_ready(values)
     seconds.append(time.perf_counter() - started)
   timed = seconds[WARM_UP:]
@@ -194,7 +201,11 @@ def _time_data(
 
 
 def _time_both(
-  step: Any, state: state_lib.TrainState, inputs: loop.Inputs, count: int
+  step: Any,
+  state: state_lib.TrainState,
+  inputs: loop.Inputs,
+  key: jax.Array,
+  count: int,
 ) -> float:
   """The share of the time in which the next batch was not there yet."""
   waited, values, started = 0.0, None, 0.0
@@ -208,6 +219,6 @@ def _time_both(
     batch = pipeline.global_batch(local, inputs.mesh)
     # As in training: one step runs while the next batch is fetched.
     jax.block_until_ready(values)
-    state, values = step(state, batch)
+    state, values = step(state, batch, key)
   jax.block_until_ready(values)
   return waited / (time.perf_counter() - started)

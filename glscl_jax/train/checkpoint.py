@@ -393,7 +393,7 @@ def restore_params(
   config = config_lib.from_config_dict(
     complete_config(meta["config"], where=str(directory))
   )
-  abstract = jax.eval_shape(lambda: state_lib.create(config).params)
+  abstract = state_lib.abstract_create(config).params
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   # Without a sharding orbax would return the stored shape in silence.

@@ -79,7 +79,9 @@ def dry_run(
     inputs.iterator.close()
   batch = pipeline.global_batch(local, inputs.mesh)
   say(format_batch(batch))
-  lowered = step_lib.make_train_step(config, inputs.mesh).lower(abstract, batch)
+  lowered = step_lib.make_train_step(config, inputs.mesh).lower(
+    abstract, batch, state_lib.run_key(config, inputs.mesh, "step")
+  )
   parts = estimate_memory(config, abstract, batch, inputs.mesh)
   say(format_memory(parts, inputs.mesh))
   oversights = loop.find_oversights(config, inputs)
@@ -190,7 +192,7 @@ def _residual_bytes(
 
   def pull_back(params, batch):
     def loss(params):
-      key = step_lib.step_key(config, 0)
+      key = state_lib.stream_key(config.train.seed, "step")
       return system.loss(params, batch, config=config, key=key).loss
 
     return jax.vjp(loss, params)[1]

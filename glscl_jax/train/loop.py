@@ -324,6 +324,7 @@ def _run_steps(
   config, clock, mesh = run.config, run.clock, run.inputs.mesh
   num_steps = config.train.num_steps
   train_step = step_lib.make_train_step(config, mesh)
+  key = state_lib.run_key(config, mesh, "step")
   report = run.make_journal()
   state, step = run.state, run.start_step
   compiled = None
@@ -336,10 +337,10 @@ def _run_steps(
       if compiled is None:
         run.log.info("compiling the step: a minute or several of silence")
         with clock("compile"):
-          compiled = train_step.lower(state, batch).compile()
+          compiled = train_step.lower(state, batch, key).compile()
         report.start(step, compiled, mesh)
       with jax.transfer_guard("disallow"):
-        state, step_metrics = compiled(state, batch)
+        state, step_metrics = compiled(state, batch, key)
       step += 1
       report.add(step, step_metrics)  # writes those of the step before
       profile.after(step)

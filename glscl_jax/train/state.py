@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glscl_jax import sharding
 from glscl_jax.config import Config
@@ -18,10 +19,20 @@ from glscl_jax.types import Params
 STREAMS = ("params", "step")  # independent sources of randomness
 
 
-def stream_key(config: Config, stream: str) -> jax.Array:
-  """The key of one stream of a run."""
-  key = jax.random.key(config.train.seed)
-  return jax.random.fold_in(key, STREAMS.index(stream))
+def stream_key(seed: int | jax.Array, stream: str) -> jax.Array:
+  """The key of one stream of the run with this seed."""
+  return jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream))
+
+
+def run_key(config: Config, mesh: jax.sharding.Mesh, stream: str) -> jax.Array:
+  """`stream_key` of a run, on all devices.
+
+  Compiled functions take it as an argument, so that runs which differ in
+  nothing but their seed share them (JAX_COMPILATION_CACHE_DIR).
+  """
+  make = functools.partial(stream_key, stream=stream)
+  where = sharding.replicated(mesh)
+  return jax.jit(make, out_shardings=where)(np.int32(config.train.seed))
 
 
 @jax.tree_util.register_dataclass
@@ -35,15 +46,22 @@ class TrainState:
   num_skipped: jax.Array  # steps without update, non-finite loss or gradient
 
 
-def create(config: Config) -> TrainState:
+def create(config: Config, key: jax.Array) -> TrainState:
   """A fresh state; pure, to be traced under jit or eval_shape."""
-  params = registry.find(config).init(config, stream_key(config, "params"))
+  params = registry.find(config).init(config, key)
   transform = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=transform.init(params),
     num_skipped=jnp.zeros((), jnp.int32),
+  )
+
+
+def abstract_create(config: Config) -> TrainState:
+  """Shapes and types of the state."""
+  return jax.eval_shape(
+    functools.partial(create, config), stream_key(0, "params")
   )
 
 
@@ -79,7 +97,7 @@ def state_shardings(
 
 def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
   """Shapes, types and shardings of the state, without making it."""
-  abstract = jax.eval_shape(functools.partial(create, config))
+  abstract = abstract_create(config)
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=where
@@ -92,4 +110,5 @@ def abstract_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
 def make_state(config: Config, mesh: jax.sharding.Mesh) -> TrainState:
   """A fresh state, each array created on the devices that hold it."""
   shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh))
-  return jax.jit(functools.partial(create, config), out_shardings=shardings)()
+  make = jax.jit(functools.partial(create, config), out_shardings=shardings)
+  return make(run_key(config, mesh, "params"))

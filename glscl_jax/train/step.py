@@ -13,22 +13,27 @@ from glscl_jax import sharding
 from glscl_jax.config import Config
 from glscl_jax.systems import registry
 from glscl_jax.train import optimizer
-from glscl_jax.train.state import TrainState, abstract_state, stream_key
+from glscl_jax.train.state import TrainState, abstract_state
 from glscl_jax.types import Batch
 
 Metrics = dict[str, jax.Array]
-StepFunction = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+StepFunction = Callable[
+  [TrainState, Batch, jax.Array], tuple[TrainState, Metrics]
+]
 
 
-def step_key(config: Config, step: jax.Array) -> jax.Array:
+def step_key(key: jax.Array, step: int | jax.Array) -> jax.Array:
   """The randomness of a step: dropout and in-batch negatives."""
-  return jax.random.fold_in(stream_key(config, "step"), step)
+  return jax.random.fold_in(key, step)
 
 
 def train_step(
-  state: TrainState, batch: Batch, *, config: Config
+  state: TrainState, batch: Batch, key: jax.Array, *, config: Config
 ) -> tuple[TrainState, Metrics]:
   """The next state and the scalars of this step.
+
+  `key` is that of the run (`state.run_key`, stream "step"), the same for all
+  steps.
 
   A non-finite loss or gradient norm leaves parameters and optimizer, with its
   place in the schedule, as they are and is counted; the loop decides when to
@@ -41,7 +46,7 @@ def train_step(
       params,
       batch,
       config=config,
-      key=step_key(config, state.step),
+      key=step_key(key, state.step),
       step=state.step,
     )
     return output.loss, output.metrics
@@ -92,14 +97,15 @@ def make_train_step(config: Config, mesh: jax.sharding.Mesh) -> StepFunction:
   """`train_step` jitted with the state donated and kept where it lies."""
   shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh))
 
-  def step(state, batch):
+  def step(state, batch, key):
     # Losses over the whole batch ask over which devices it is spread.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return train_step(state, batch, config=config)
+      return train_step(state, batch, key, config=config)
 
+  whole = sharding.replicated(mesh)
   return jax.jit(
     step,
-    in_shardings=(shardings, sharding.batch_sharding(mesh)),
-    out_shardings=(shardings, sharding.replicated(mesh)),
+    in_shardings=(shardings, sharding.batch_sharding(mesh), whole),
+    out_shardings=(shardings, whole),
     donate_argnums=0,
   )

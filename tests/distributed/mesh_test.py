@@ -86,8 +86,8 @@ class Run:
 @functools.cache
 def fresh(config=CONFIG):
   """The state every mesh starts from, on the host."""
-  create = functools.partial(state_lib.create, config)
-  return jax.tree.map(np.asarray, jax.jit(create)())
+  one = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
+  return jax.tree.map(np.asarray, state_lib.make_state(config, one))
 
 
 def first_gradients(opt_state, config):
@@ -113,13 +113,16 @@ def train(shape, config=CONFIG, num_steps=3):
   batch = jax.device_put(
     random_pairs.batch(config), sharding.batch_sharding(mesh)
   )
-  step = step_lib.make_train_step(config, mesh).lower(abstract, batch).compile()
+  key = state_lib.run_key(config, mesh, "step")
+  step = (
+    step_lib.make_train_step(config, mesh).lower(abstract, batch, key).compile()
+  )
   state = jax.device_put(
     fresh(config), jax.tree.map(lambda s: s.sharding, abstract)
   )
   metrics, gradients = [], None
   for _ in range(num_steps):
-    state, found = step(state, batch)
+    state, found = step(state, batch, key)
     metrics.append({name: float(value) for name, value in found.items()})
     if gradients is None:
       gradients = first_gradients(state.opt_state, config.optimizer)

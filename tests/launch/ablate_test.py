@@ -138,6 +138,20 @@ def test_what_is_done_is_not_run_again(tmp_path, capsys):
   assert (tmp_path / "runs").read_text() == "xx"
 
 
+def test_commands_are_given_what_the_environment_lacks(tmp_path, monkeypatch):
+  monkeypatch.setenv("ABLATE_SET", "here")
+  given = {"ABLATE_SET": "there", "ABLATE_UNSET": "there"}
+  code = (
+    f"import os; open({str(tmp_path / 'found')!r}, 'w').write("
+    "os.environ['ABLATE_SET'] + os.environ['ABLATE_UNSET'])"
+  )
+  table = ablate.Table(
+    [job(tmp_path, "a", code)], at_a_time=1, environment=given
+  )
+  assert table.run() == {}
+  assert (tmp_path / "found").read_text() == "herethere"
+
+
 def test_a_failure_stops_what_needs_it_and_nothing_else(tmp_path, capsys):
   jobs = [
     job(tmp_path, "towers", "import sys; print('why'); sys.exit(3)"),

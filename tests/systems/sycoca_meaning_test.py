@@ -301,10 +301,11 @@ def test_the_warm_up_is_told_the_step_of_training(monkeypatch):
     steps.append(arguments[-1])
     return original(*arguments)
 
-  state = jax.eval_shape(functools.partial(state_lib.create, CONFIG))
+  key = jax.random.key(0)
+  state = state_lib.abstract_create(CONFIG)
   monkeypatch.setattr(sycoca, "split_patches", record)
   jax.eval_shape(
-    functools.partial(step_lib.train_step, config=CONFIG), state, BATCH
+    functools.partial(step_lib.train_step, config=CONFIG), state, BATCH, key
   )
   (step,) = steps
   assert (step.shape, step.dtype) == ((), jnp.int32)

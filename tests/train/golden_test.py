@@ -77,11 +77,12 @@ def test_the_first_three_steps_on_little_data():
   mesh = sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
   step = step_lib.make_train_step(SMALL_DATA, mesh)
   state, found = state_lib.make_state(SMALL_DATA, mesh), []
+  key = state_lib.run_key(SMALL_DATA, mesh, "step")
   for seed in range(3):
     batch = jax.device_put(
       random_pairs.batch(SMALL_DATA, seed=seed), sharding.batch_sharding(mesh)
     )
-    state, metrics = step(state, batch)
+    state, metrics = step(state, batch, key)
     found.append({name: float(value) for name, value in metrics.items()})
   path = GOLDEN / "steps" / "small_data.json"
   if os.environ.get("UPDATE_GOLDEN"):

@@ -31,10 +31,12 @@ def batch(mesh):
 
 @pytest.fixture(scope="module")
 def train_step(mesh, batch):
+  key = state_lib.run_key(CONFIG, mesh, "step")
   lowered = step_lib.make_train_step(CONFIG, mesh).lower(
-    state_lib.abstract_state(CONFIG, mesh), batch
+    state_lib.abstract_state(CONFIG, mesh), batch, key
   )
-  return lowered.compile()
+  compiled = lowered.compile()
+  return lambda state, batch: compiled(state, batch, key)
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +172,9 @@ def test_a_model_without_temperature_is_left_alone():
 
 
 def test_each_step_has_its_own_randomness():
+  key = state_lib.stream_key(0, "step")
   keys = {
-    tuple(np.asarray(jax.random.key_data(step_lib.step_key(CONFIG, step))))
+    tuple(np.asarray(jax.random.key_data(step_lib.step_key(key, step))))
     for step in range(5)
   }
   assert len(keys) == 5
@@ -182,19 +185,35 @@ def test_the_state_is_donated(train_step, state, batch):
   assert state.params["text"]["word_embedding"].is_deleted()
 
 
+def test_runs_that_differ_in_their_seed_share_a_compiled_step(mesh, batch):
+  texts = set()
+  for seed in (0, 1):
+    config = dataclasses.replace(
+      CONFIG, train=dataclasses.replace(CONFIG.train, seed=seed)
+    )
+    lowered = step_lib.make_train_step(config, mesh).lower(
+      state_lib.abstract_state(config, mesh),
+      batch,
+      state_lib.run_key(config, mesh, "step"),
+    )
+    texts.add(lowered.as_text())
+  assert len(texts) == 1
+
+
 def test_what_a_step_did_not_draw_is_no_reason_to_skip_it(mesh):
   config = random_regions.config(
     objectives={"task_mix": "sample"},
     optimizer={"learning_rate": 0.01, "warmup_fraction": 0.0},
   )
   step = step_lib.make_train_step(config, mesh)
+  key = state_lib.run_key(config, mesh, "step")
   state = state_lib.make_state(config, mesh)
   batch = jax.device_put(
     random_regions.batch(config), sharding.batch_sharding(mesh)
   )
   before, drawn = host(state.params), []
   for _ in range(6):
-    state, metrics = step(state, batch)
+    state, metrics = step(state, batch, key)
     names = [n for n in random_regions.NAMES if np.isfinite(metrics[n])]
     assert len(names) == 1 and metrics["num_skipped"] == 0
     assert metrics["loss"] == metrics[names[0]]
