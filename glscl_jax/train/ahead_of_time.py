@@ -8,6 +8,7 @@ is the run's own; only its devices and its arrays are missing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -182,6 +183,8 @@ def compile_ahead(
   mesh = sharding.make_mesh(config.mesh, devices=devices)
   batch = shapes.abstract_batch(config, mesh)
   state = state_lib.abstract_state(config, mesh)
+  make_key = functools.partial(state_lib.stream_key, stream="step")
+  key = jax.eval_shape(make_key, np.int32(config.train.seed))
   for line in sharding.find_undivided(state.params, mesh):
     say(f"warning: {line}")
   say(f"compiling for {len(devices)} x {devices[0].device_kind}: minutes")
@@ -189,7 +192,7 @@ def compile_ahead(
   try:
     compiled = (
       step_lib.make_train_step(config, mesh)
-      .lower(state, batch)
+      .lower(state, batch, key)
       .compile(_OPTIONS.get(devices[0].platform))
     )
   except jax.errors.JaxRuntimeError as error:
