@@ -25,7 +25,9 @@ class Chip:
   link_rate: float | None = None  # bytes a second of a link, one way
   host_rate: float | None = None  # of a GPU, one way, between hosts; None: ICI
   # reaches everywhere
-  wraps: int = 1  # a dimension of the torus closes to a ring where its length is
+  wraps: int = (
+    1  # a dimension of the torus closes to a ring where its length is
+  )
   # a multiple of this
 
 

@@ -214,7 +214,7 @@ class _Program:
 
   def _times(self, loop: Instruction, condition: str) -> int:
     """How often a loop runs; 1 where that is not known before it does."""
-    known = re.search(r'known_trip_count\W+n\W+(\d+)', loop.text)
+    known = re.search(r"known_trip_count\W+n\W+(\d+)", loop.text)
     if known:
       return int(known[1])
     limits = [
@@ -271,13 +271,21 @@ class _Program:
       )
       return read + self._written(fused, one.arrays)
     if one.opcode in ("slice", "dynamic-slice", "gather"):
-      return 2 * _bytes(one)
+      source = computation[one.operands[0]]
+      parts = sum(a.bytes for a in one.arrays)
+      return _bytes(one) + (parts if _in_main(source) else 0)
     if one.opcode == "dynamic-update-slice":
-      return 2 * _bytes(computation[one.operands[1]])
+      update = computation[one.operands[1]]
+      parts = sum(a.bytes for a in update.arrays)
+      return _bytes(update) + (parts if _in_main(one) else 0)
     read = sum(_bytes(computation[name]) for name in one.operands)
+    if one.opcode == "copy-start":  # (result, operand, mark)
+      return read + _main_bytes(one.arrays[:1])
+    if one.opcode == "slice-start":  # ((operand), result, mark)
+      (part,) = one.arrays[1:2]
+      return (part.bytes if read else 0) + _main_bytes([part])
     if one.opcode.endswith("-start"):  # (operands, results, marks)
-      results = one.arrays[len(one.operands) :]
-      return read + sum(a.bytes for a in results if not a.memory)
+      return read + _main_bytes(one.arrays[len(one.operands) :])
     if one.opcode.endswith("-done"):
       return 0
     return read + _bytes(one)
@@ -326,7 +334,7 @@ class _Program:
       else [root]
     )
     if len(parts) != len(arrays):
-      return sum(a.bytes for a in arrays if not a.memory)
+      return _main_bytes(arrays)
     return sum(
       self._update_bytes(part, computation, array)
       for part, array in zip(parts, arrays, strict=True)
@@ -375,8 +383,12 @@ class _Program:
         yield each
 
 
+def _main_bytes(arrays: Sequence[Array]) -> int:
+  return sum(a.bytes for a in arrays if not a.memory)
+
+
 def _bytes(one: Instruction) -> int:
-  return sum(a.bytes for a in one.arrays if not a.memory)
+  return _main_bytes(one.arrays)
 
 
 def _in_main(one: Instruction) -> bool:
@@ -499,7 +511,9 @@ def _groups(text: str, num_devices: int) -> np.ndarray:
     return moved_AG if len(moved_AG) else found
   listed = re.search(r"replica_groups=\{(\{.*?\})\}", text)
   if listed:
-    return np.array([_numbers(g) for g in re.findall(r"\{([\d,]*)\}", listed[1])])
+    return np.array(
+      [_numbers(g) for g in re.findall(r"\{([\d,]*)\}", listed[1])]
+    )
   # mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}: those along y.
   meshed = re.search(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? \{([^}]*)\}",
