@@ -18,16 +18,18 @@ from collections.abc import Sequence
 
 # Before jax is imported. Devices of this machine are not asked for, and neither
 # are those of the cloud.
-for name, value in (
-  ("JAX_PLATFORMS", "cpu"),
-  ("TPU_SKIP_MDS_QUERY", "1"),
-  ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
-  ("TPU_WORKER_HOSTNAMES", "localhost"),
-  ("TPU_WORKER_ID", "0"),
-  ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-  ("TF_CPP_MIN_LOG_LEVEL", "2"),
-):
-  os.environ.setdefault(name, value)
+os.environ.update(
+  {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+  }
+  | os.environ
+)
 
 from absl import flags
 

@@ -23,9 +23,8 @@ from jax.experimental import topologies
 
 from glscl_jax import config as config_lib
 from glscl_jax import errors, sharding
-from glscl_jax.data import shapes
 from glscl_jax.systems import registry
-from glscl_jax.train import hardware, program
+from glscl_jax.train import hardware, program, shapes
 from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib
 

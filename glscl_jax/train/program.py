@@ -209,6 +209,7 @@ class _Program:
 
   def __init__(self, computations: Mapping[str, Computation]):
     self._all = computations
+    self._starts = self._find_starts()
     self.flops = functools.cache(self._flops)
     self.memory_bytes = functools.cache(self._memory_bytes)
 
@@ -358,29 +359,37 @@ class _Program:
   ) -> Iterator[tuple[Instruction, Instruction | None, float]]:
     """Each collective, the fusion that holds it if any, and how often.
 
-    TPUs spread one over several fusions, which share its channel.
+    TPUs spread one over several fusions, also over those of a loop in between,
+    which all share its channel: the one that starts it counts.
     """
-    channels = set()
     for one in self._all[name].values():
-      found = []
-      if one.opcode.removesuffix("-start") in KINDS:
-        found.append((one, outer, times))
+      is_collective = one.opcode.removesuffix("-start") in KINDS
+      if is_collective and self._starts.get(_channel(one), name) == name:
+        yield one, outer, times
       for choices, inner_times in self._inner(one):
         fusion = one if one.opcode == "fusion" else outer
-        found += max(
+        yield from max(
           (
             list(self.collectives(choice, times * inner_times, fusion))
             for choice in choices
           ),
           key=lambda them: sum(_result_bytes(a) * t for a, _, t in them),
         )
-      for each in found:
-        channel = re.search(r"channel_id=(\d+)", each[0].text)
-        if one.opcode == "fusion" and channel:
-          if channel[1] in channels:
-            continue
-          channels.add(channel[1])
-        yield each
+
+  def _find_starts(self) -> dict[str, str]:
+    """Channel -> the computation that starts it, where several share it."""
+    return {
+      _channel(one): name
+      for name, computation in self._all.items()
+      if any('"AsyncCollectiveStart"' in i.text for i in computation.values())
+      for one in computation.values()
+      if one.opcode in KINDS
+    }
+
+
+def _channel(one: Instruction) -> str:
+  found = re.search(r"channel_id=(\d+)", one.text)
+  return found[1] if found else ""
 
 
 def _main_bytes(arrays: Sequence[Array]) -> int:
@@ -516,7 +525,8 @@ def _groups(text: str, num_devices: int) -> np.ndarray:
     )
   # mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}: those along y.
   meshed = re.search(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? \{([^}]*)\}",
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\((.*?\)?)\))? \{([^}]*)\}",
     text,
   )
   if meshed:

@@ -8,8 +8,9 @@ import pytest
 from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.config import ConfigError, MeshConfig
-from glscl_jax.data import pipeline, shapes, sources
+from glscl_jax.data import pipeline, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
+from glscl_jax.train import shapes
 from tests import random_pairs, random_regions, tiny
 from tests.data import tiny_regions
 
