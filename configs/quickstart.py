@@ -15,9 +15,10 @@ from glscl_jax import config as config_lib
 
 VOCAB_SIZE = 3365  # as launch/prepare.py prints for the emoji captions
 TOWERS_STEPS = 2000
+MASKVLM_TOWERS_STEPS = 1000  # leave its slower second stage time: half an hour
 SECOND_STEPS = 200  # of GLSCL and MaskVLM, after the towers
 SYCOCA_STEPS = 800
-CMAL_STEPS = 3000
+CMAL_STEPS = 2000
 SCENE_VOCAB_SIZE = 1518  # as launch/prepare.py prints for the scenes' captions
 SCENE_CLASSES = 1330  # and for their regions
 
@@ -83,12 +84,12 @@ def _shrink(config) -> None:
   )
 
 
-def _contrast_alone(config) -> None:
+def _contrast_alone(config, num_steps: int) -> None:
   for name in config_lib.OBJECTIVES:
     config.objectives[name] = 1.0 if name == "itc" else 0.0
   config.optimizer.learning_rate = 2e-3
   config.optimizer.fusion_multiplier = 1.0  # the transforms of GLSCL
-  config.train.num_steps = TOWERS_STEPS
+  config.train.num_steps = num_steps
 
 
 def _second_stage(config) -> None:
@@ -177,23 +178,27 @@ def _cmal():
 
 def _make(stage: str):
   match stage:
-    case "glscl_towers" | "glscl":
+    case "glscl_towers":
       config = _glscl()
-    case "maskvlm_towers" | "maskvlm":
+      _contrast_alone(config, TOWERS_STEPS)
+    case "maskvlm_towers":
       config = _maskvlm()
+      _contrast_alone(config, MASKVLM_TOWERS_STEPS)
+    case "glscl":
+      config = _glscl()
+      _second_stage(config)
+    case "maskvlm":
+      config = _maskvlm()
+      _second_stage(config)
     case "sycoca":
-      return _sycoca()
+      config = _sycoca()
     case "cmal":
-      return _cmal()
+      config = _cmal()
     case _:
       raise ValueError(
         f"quickstart.py:{stage}: the stages are glscl_towers, glscl, "
         "maskvlm_towers, maskvlm, sycoca, cmal"
       )
-  if stage.endswith("_towers"):
-    _contrast_alone(config)
-  else:
-    _second_stage(config)
   return config
 
 

@@ -147,8 +147,10 @@ def plan(
         commands=(train(suite.towers, seed, into),),
       )
     )
-  for name in rows:
-    for seed in range(seeds):
+  # A row's first seed compiles what its others take; and what was stopped has
+  # whole seeds.
+  for seed in range(seeds):
+    for name in rows:
       into = workdir / suite_name / name / f"seed{seed}"
       row = suite.rows[name]
       more = [f"--config.{path}={v}" for path, v in row.overrides.items()]
