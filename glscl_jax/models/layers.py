@@ -37,7 +37,7 @@ def uniform_fan_in(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
 
 
 def keep_samples(states: Any) -> Any:
-  """Says, at the border of a block, that states lie sample by sample.
+  """Says, at the border of a block or embedding, that samples lie apart.
 
   On a mesh each device keeps whole states of its own samples. Without this XLA
   may spread widths over `fsdp` as parameters are, and then sums and exchanges
