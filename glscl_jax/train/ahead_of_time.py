@@ -184,7 +184,10 @@ def compile_ahead(
   state = state_lib.abstract_state(config, mesh)
   make_key = functools.partial(state_lib.stream_key, stream="step")
   key = jax.eval_shape(make_key, np.int32(config.train.seed))
-  for line in sharding.find_undivided(state.params, mesh):
+  for line in (
+    *sharding.find_undivided(state.params, mesh),
+    *find_split_groups(config, mesh),
+  ):
     say(f"warning: {line}")
   say(f"compiling for {len(devices)} x {devices[0].device_kind}: minutes")
   started = time.perf_counter()
@@ -222,6 +225,28 @@ def compile_ahead(
       )
     )
   return plan, text
+
+
+def find_split_groups(
+  config: config_lib.Config, mesh: jax.sharding.Mesh
+) -> list[str]:
+  """A line on each group of samples whose border lies inside of a device.
+
+  Then XLA moves samples so that groups lie evenly; libtpu 0.0.42 may even end
+  with a stack overflow.
+  """
+  num_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+  held = config.data.batch_size // num_devices
+  found = []
+  for name, objective in config_lib.GROUPS.items():
+    group = getattr(config.objectives, name)
+    active = getattr(config.objectives, objective) > 0
+    if active and group is not None and group % held and held % group:
+      found.append(
+        f"objectives.{name} {group} neither divides the {held} samples of a "
+        "device nor is a multiple: groups are taken apart on the way"
+      )
+  return found
 
 
 def make_plan(

@@ -152,6 +152,23 @@ def test_a_missing_compiler_is_named(topology, package, monkeypatch):
   assert package in str(caught.value)
 
 
+@pytest.mark.parametrize(
+  ("batch_size", "group", "told"),
+  [(24, 4, True), (24, 6, False), (24, 3, False), (64, 4, False)],
+)
+def test_groups_that_end_inside_of_a_device_are_told(batch_size, group, told):
+  config = random_pairs.config(
+    batch_size=batch_size,
+    objectives=random_pairs.only("itm") | {"neg_group": group},
+  )
+  found = ahead_of_time.find_split_groups(
+    config, sharding.make_mesh(MeshConfig())
+  )
+  assert [line.startswith("objectives.neg_group") for line in found] == (
+    [True] if told else []
+  )
+
+
 def test_what_does_not_fit_is_told_with_what_to_try():
   # Of libtpu 0.0.42.1.
   message = (
