@@ -42,5 +42,6 @@ setuptools.setup(
     "wandb": ["wandb>=0.18"],
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
+    "tpu-aot": ["jax[tpu]"],  # libtpu compiles without a TPU: launch/compile.py
   },
 )

@@ -49,7 +49,7 @@ ALONE = {"config", *TYPES}  # besides the lowest row
 HOMES = {
   "flax": ("glscl_jax/models/",),
   "tensorflow": (),
-  "torch": (),
+  "torch": ("glscl_jax/train/torch_baseline.py",),
   "ml_collections": (
     "glscl_jax/config.py",
     "glscl_jax/command_line.py",

@@ -41,13 +41,14 @@ class WordEmbedding(nn.Module):
 
   def contents(self, ids_BT: jax.Array) -> jax.Array:
     """Rows of the table of words, e, float32 (B, T, D)."""
-    return self.word_VD[ids_BT]
+    return layers.keep_samples(self.word_VD[ids_BT])
 
   def places(self, valid_BT: jax.Array) -> jax.Array:
     """Position and type, float32 (B, T, D); from validity, never from ids."""
     count_BT = jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32)
     position_BT = jnp.where(valid_BT, count_BT - 1, 0)
-    return self.place_LD[position_BT] + self.type_2D[TEXT_TYPE][None, None]
+    place_BTD = self.place_LD[position_BT] + self.type_2D[TEXT_TYPE][None, None]
+    return layers.keep_samples(place_BTD)
 
   def encode(
     self, content_BTD: jax.Array, place_BTD: jax.Array, valid_BT: jax.Array

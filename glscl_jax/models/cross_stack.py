@@ -85,11 +85,10 @@ class CrossStack(nn.Module):
   ) -> jax.Array:
     """The last block on the states of `body`, for all rows or some."""
     states = x_BLD, context_BMD, valid_BL, context_valid_BM
-    if rows_BQ is None:
-      return self.last(*states)
-    if self.config.fusion.restrict_last_layer:
-      return self.last(*states, rows_BQ)
-    return layers.take_rows(self.last(*states), rows_BQ)
+    if rows_BQ is None or not self.config.fusion.restrict_last_layer:
+      y_BLD = layers.keep_samples(self.last(*states))
+      return y_BLD if rows_BQ is None else layers.take_rows(y_BLD, rows_BQ)
+    return layers.keep_samples(self.last(*states, rows_BQ))
 
   def attention(
     self,

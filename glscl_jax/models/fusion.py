@@ -133,7 +133,9 @@ class Fusion(nn.Module):
     image_rows_BJ: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
     """The last layer, for all rows or the ones asked for."""
-    return self.last(streams, text_valid_BT, text_rows_BQ, image_rows_BJ)
+    return layers.keep_samples(
+      self.last(streams, text_valid_BT, text_rows_BQ, image_rows_BJ)
+    )
 
   def attention(self, streams, text_valid_BT: jax.Array) -> jax.Array:
     """Text-to-image cross-attention of the last layer, (B, H, T, I)."""

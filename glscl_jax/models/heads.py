@@ -81,7 +81,8 @@ class VocabularyHead(nn.Module):
     h_BJD = layers.Dense(
       x_BJD.shape[-1], self.dtype, kernel_init=normal, name="fc1"
     )(x_BJD)
-    h_BJD = layers.LayerNorm(1e-12, name="norm")(layers.gelu(h_BJD))
+    h_BJD = layers.keep_samples(layers.gelu(h_BJD))
+    h_BJD = layers.LayerNorm(1e-12, name="norm")(h_BJD)
     return layers.Dense(
       self.vocab_size,
       self.dtype,
@@ -104,7 +105,8 @@ class TiedHead(nn.Module):
     h_BJD = layers.Dense(
       x_BJD.shape[-1], self.dtype, kernel_init=normal, name="fc1"
     )(x_BJD)
-    h_BJD = layers.LayerNorm(1e-12, name="norm")(layers.gelu(h_BJD))
+    h_BJD = layers.keep_samples(layers.gelu(h_BJD))
+    h_BJD = layers.LayerNorm(1e-12, name="norm")(h_BJD)
     bias_F = self.param("bias", nn.initializers.zeros, (self.features,))
     y_BJF = products.dot(
       h_BJD, kernel_DF, dtype=self.dtype, out_dtype="float32"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from glscl_jax import draws
 from glscl_jax.models import products
+from glscl_jax.types import BATCH_AXES
 
 Initializer = Callable[..., jax.Array]
 
@@ -31,6 +35,32 @@ def uniform_fan_in(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
   """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for a (fan_in, features) kernel."""
   bound = shape[0] ** -0.5
   return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def keep_samples(states: Any) -> Any:
+  """Says, at the border of a block or embedding, that samples lie apart.
+
+  On a mesh each device keeps whole states of its own samples. Without this XLA
+  may spread widths over `fsdp` as parameters are, and then sums and exchanges
+  states where only parameters should be gathered. Outside of a mesh (jax's
+  context) nothing happens, nor where the devices do not divide the samples.
+
+  Args:
+    states: arrays (B, ...), or a tree of them.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+  num_devices = math.prod(mesh.shape[axis] for axis in axes)
+  if num_devices == 1:
+    return states
+  return jax.tree.map(
+    lambda x: (
+      x
+      if x.shape[0] % num_devices
+      else jax.lax.with_sharding_constraint(x, P(axes))
+    ),
+    states,
+  )
 
 
 def last_axis(x_D: jax.Array, rank: int) -> jax.Array:

@@ -23,10 +23,19 @@ import jax.numpy as jnp
 from jax.experimental import layout
 
 
+def platform() -> str:
+  """What the program is for: cpu, gpu or tpu.
+
+  That of the mesh in jax's context, which `make_train_step` sets and which need
+  not be here (ahead-of-time compilation); without one, of this process.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def activation_dtype(dtype: str) -> jnp.dtype:
   """The type that travels between products computed in `dtype`."""
-  on_cpu = jax.default_backend() == "cpu"
-  return jnp.dtype("float32" if on_cpu else dtype)
+  return jnp.dtype("float32" if platform() == "cpu" else dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -57,7 +66,7 @@ def transpose(x_AD: jax.Array) -> jax.Array:
   With several devices the constraint would gather x on each of them, because
   XLA does not partition it.
   """
-  if jax.default_backend() != "cpu" or jax.device_count() > 1:
+  if platform() != "cpu" or jax.device_count() > 1:
     return x_AD.T
   return layout.with_layout_constraint(
     jnp.transpose(x_AD), layout.Layout((0, 1))

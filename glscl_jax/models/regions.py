@@ -43,7 +43,8 @@ class RegionEmbedding(nn.Module):
 
   def contents(self, region_BRP: jax.Array) -> jax.Array:
     """Features as vectors, r = LN(W f + b), float32 (B, R, D)."""
-    return self.feature_norm(self.feature(region_BRP))
+    content_BRD = layers.keep_samples(self.feature(region_BRP))
+    return self.feature_norm(content_BRD)
 
   def hidden_content(self) -> jax.Array:
     """What stands for a hidden region, r of a learned feature, (D,)."""
@@ -51,8 +52,8 @@ class RegionEmbedding(nn.Module):
 
   def places(self, box_BR7: jax.Array, type_D: jax.Array) -> jax.Array:
     """Box and type, LN(W box + b) + type, float32 (B, R, D)."""
-    box_BRD = self.box_norm(self.box(box_BR7.astype(jnp.float32)))
-    return box_BRD + type_D[None, None]
+    box_BRD = layers.keep_samples(self.box(box_BR7.astype(jnp.float32)))
+    return self.box_norm(box_BRD) + type_D[None, None]
 
   def encode(
     self, content_BRD: jax.Array, place_BRD: jax.Array, valid_BR: jax.Array

@@ -43,6 +43,7 @@ class TextEncoder(nn.Module):
       position_ids(valid_BT)
     ]
     x_BTD += table("type_embedding", 1, place_std)[None]
+    x_BTD = layers.keep_samples(x_BTD)
     if text.embedding_norm:
       x_BTD = layers.LayerNorm(text.norm_eps, name="norm")(x_BTD)
     x_BTD = layers.Dropout(text.dropout)(
@@ -115,7 +116,9 @@ class CausalTextEncoder(nn.Module):
 
   def __call__(self, ids_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
     batch, length = ids_BT.shape
-    word_BTD = self.word_VD[ids_BT] + self.place_LD[None, :length]
+    word_BTD = layers.keep_samples(
+      self.word_VD[ids_BT] + self.place_LD[None, :length]
+    )
     class_11D = (self.class_D + self.place_LD[-1])[None, None]
     class_B1D = jnp.broadcast_to(class_11D, (batch, 1, class_11D.shape[2]))
     x_BLD = jnp.concatenate([word_BTD, class_B1D], axis=1)

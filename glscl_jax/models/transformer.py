@@ -383,11 +383,17 @@ class Stack(nn.Module):
       self.make_rng("dropout") if drops else jax.random.key(0), self.depth
     )
 
+    context = layers.keep_samples(context)
+
     def body(carry, layer):
       params, key, past = layer
       rngs = {"dropout": key} if drops else {}
       run = functools.partial(
-        block.apply, {"params": params}, carry, *context, rngs=rngs
+        block.apply,
+        {"params": params},
+        layers.keep_samples(carry),
+        *context,
+        rngs=rngs,
       )
       return (run(), None) if past is None else run(past=past)
 
@@ -404,6 +410,7 @@ class Stack(nn.Module):
         carry, one = body(carry, jax.tree.map(lambda a: a[i], inputs))  # noqa: B023
         found.append(one)
       longer = jax.tree.map(lambda *a: jnp.stack(a), *found)
+    carry = layers.keep_samples(carry)
     return carry if past is None else (carry, longer)
 
   def _init_layers(self, key: jax.Array) -> Any:

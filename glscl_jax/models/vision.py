@@ -152,7 +152,7 @@ class VisionEncoder(nn.Module):
     )
     if self.config.vision.patch_bias:
       x_BID += self.patch_bias_D[None, None].astype(x_BID.dtype)
-    return x_BID
+    return layers.keep_samples(x_BID)
 
   def complete(self, x_BID: jax.Array) -> jax.Array:
     """[cls; x] + P; without blocks [0; x + P]."""

@@ -168,7 +168,8 @@ def judge(
   """What ITM runs, and its pairs: half of each group is shown others' regions.
 
   Where other objectives read the own pairs anyway (`shared`), only the false
-  ones are run: `own` comes first in the pairs then. Otherwise all, mixed.
+  ones are run: of each group `own` comes first in the pairs then. Otherwise
+  all, mixed.
   A text for which the group holds nothing else is shown its own.
   """
   label_key, draw_key = jax.random.split(key)
@@ -194,9 +195,14 @@ def judge(
     take(y_BRD, shown_J),
     take(valid_BR, shown_J),
   )
-  labels_A = jnp.concatenate([jnp.ones_like(labels_B), jnp.zeros_like(rows_J)])
+  num_groups = x_BTD.shape[0] // group
+  labels_A = views.join_groups(
+    [jnp.ones_like(labels_B), jnp.zeros_like(rows_J)], num_groups
+  )
   # Rows are as many whatever was found: the last ones may be true pairs.
-  ok_A = jnp.concatenate([labels_B == 1, take(labels_B, rows_J) == 0])
+  ok_A = views.join_groups(
+    [labels_B == 1, take(labels_B, rows_J) == 0], num_groups
+  )
   return run, Judged(labels_A, ok_A)
 
 
@@ -462,7 +468,7 @@ def run_passes(
   states = {name: found[read[name]] for name in tasks if name != "itm"}
   if "itm" in tasks:
     own = [found[CLEAN]] if shared else []
-    states["itm"] = jnp.concatenate([*own, found["itm"]])
+    states["itm"] = views.join_groups([*own, found["itm"]], num_groups)
   return Context(model, batch, states, judged, config)
 
 

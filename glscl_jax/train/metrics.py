@@ -26,22 +26,7 @@ import tensorboardX
 
 from glscl_jax import atomic
 from glscl_jax import config as config_lib
-
-# Dense bf16 FLOP/s of one device, from the makers' data sheets. The first
-# entry whose words all occur in `device_kind` counts.
-PEAK_FLOPS = (
-  (("tpu", "v6"), 918e12),
-  (("tpu", "v5p"), 459e12),
-  (("tpu", "v5 lite"), 197e12),
-  (("tpu", "v5e"), 197e12),
-  (("tpu", "v5"), 459e12),  # v5p reports itself as "TPU v5"
-  (("tpu", "v4"), 275e12),
-  (("h200",), 989.4e12),
-  (("h100", "pcie"), 756e12),
-  (("h100", "nvl"), 835e12),
-  (("h100",), 989.4e12),
-  (("a100",), 312e12),
-)
+from glscl_jax.train import hardware
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,18 +269,17 @@ def find_peak(devices: list[jax.Device], *, compute_dtype: str) -> Peak:
         f"{rate / 1e9:.0f} GFLOP/s"
       ),
     )
-  kind = device.device_kind.lower()
-  for words, flops in PEAK_FLOPS:
-    if all(word in kind for word in words):
-      return Peak(
-        flops=flops * len(devices),
-        source=(
-          f"{flops / 1e12:.0f} TFLOP/s dense bf16 (data sheet) x "
-          f"{len(devices)} {device.device_kind}"
-        ),
-      )
+  chip = hardware.find(device.device_kind)
+  if chip is None:
+    return Peak(
+      flops=None, source=f"no peak known for {device.device_kind}: no MFU"
+    )
   return Peak(
-    flops=None, source=f"no peak known for {device.device_kind}: no MFU"
+    flops=chip.flops * len(devices),
+    source=(
+      f"{chip.flops / 1e12:.0f} TFLOP/s dense bf16 (data sheet) x "
+      f"{len(devices)} {device.device_kind}"
+    ),
   )
 
 
@@ -340,3 +324,11 @@ def _start_wandb(workdir: pathlib.Path, config: config_lib.Config) -> Any:
     dir=str(workdir),
     config=json.loads(config_lib.to_json(config)),
   )
+
+
+def peak_rss_mib() -> float:
+  """The most memory that this process has held so far, on Linux."""
+  # Not getrusage, which tells a new process the peak of the one it came from.
+  status = pathlib.Path("/proc/self/status").read_text()
+  (line,) = (x for x in status.splitlines() if x.startswith("VmHWM:"))
+  return int(line.split()[1]) / 1024

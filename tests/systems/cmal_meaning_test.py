@@ -14,7 +14,7 @@ import pytest
 from glscl_jax import config as config_lib
 from glscl_jax import sharding
 from glscl_jax.models.cmal import CMAL
-from glscl_jax.systems import cmal, registry
+from glscl_jax.systems import cmal, registry, views
 from glscl_jax.train import optimizer
 from tests import random_pairs, random_regions
 
@@ -366,7 +366,8 @@ def pairs_shown(identity_B, key, *, shared, group):
   texts, regions = (np.asarray(a[:, 0, 0], int) for a in (xs, ys))
   if shared:
     texts, regions = (
-      np.concatenate([ROWS[:size], a]) for a in (texts, regions)
+      np.asarray(views.join_groups([ROWS[:size], a], size // group))
+      for a in (texts, regions)
     )
   return texts, regions, np.asarray(judged.labels_A), np.asarray(judged.ok_A)
 
