@@ -23,6 +23,7 @@ import pathlib
 import shutil
 import signal
 import threading
+import time
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TextIO
@@ -46,6 +47,9 @@ from glscl_jax.train import step as step_lib
 from glscl_jax.types import Batch, Params
 
 RECALLS = (1, 5, 10)
+SAME_STOP_SECONDS = (
+  1.0  # a group of processes is told, and each by its launcher
+)
 
 
 class Evaluate(Protocol):
@@ -88,6 +92,7 @@ class Stop:
     self.number: int | None = None
     self._calls = calls
     self._before: dict[int, Any] = {}
+    self._since: float | None = None  # when the first signal came
 
   def __enter__(self) -> Stop:
     if threading.current_thread() is threading.main_thread():
@@ -104,11 +109,16 @@ class Stop:
     self._before = {}
 
   def _handle(self, number: int, frame: types.FrameType | None) -> None:
+    if self._since is not None:
+      if time.monotonic() - self._since > SAME_STOP_SECONDS:
+        self._restore()
+        signal.raise_signal(number)
+      return
+    self._since = time.monotonic()
     if self._calls is None:
       self.number = number
     else:
       self._calls.want_stop(number)
-    self._restore()
     # A log line could re-enter a write that the signal interrupted.
     os.write(2, b"\nstopping after this step (again: at once)\n")
 
