@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -139,3 +140,17 @@ def test_a_work_dir_that_is_not_shared_ends_both_with_an_error(
     assert process.exitcode == 2, said
     assert "--workdir=own: processes 1 do not see what process 0" in said
   assert list((tmp_path / "own-0").iterdir()) == []
+
+
+def test_an_error_of_one_process_ends_the_other_with_the_reason(
+  start_both, tmp_path
+):
+  both = start_both(functools.partial(spin.add_up, fail=True), tmp_path)
+  for process in both:
+    process.join(TIMEOUT)
+    assert process.exitcode == 2
+  said = [(tmp_path / f"out-{number}").read_text() for number in (0, 1)]
+  assert "error: process 1 of 2 (host " in said[0]
+  assert "has failed: record 7 cannot be read" in said[0]
+  assert "error: record 7 cannot be read" in said[1]
+  assert "Traceback" not in said[0] + said[1]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from glscl_jax import processes
+from glscl_jax import errors, processes
 
 
 def joined(port: int, number: int, folder: str):
@@ -27,8 +27,11 @@ def joined(port: int, number: int, folder: str):
   return processes.joined(cluster, join_timeout=60.0, heartbeat_timeout=60.0)
 
 
-def add_up(port: int, number: int, folder: str) -> None:
-  """Sums over both for ever; touches `folder/NUMBER` after the first."""
+def add_up(port: int, number: int, folder: str, *, fail: bool = False) -> None:
+  """Sums over both for ever; touches `folder/NUMBER` after the first.
+
+  With `fail` process 1 ends with an error of its own after that.
+  """
   with joined(port, number, folder):
     mesh = jax.sharding.Mesh(jax.devices(), ("data",))
     add = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))
@@ -38,6 +41,8 @@ def add_up(port: int, number: int, folder: str) -> None:
     while True:
       assert float(add(ones)) == 8.0
       pathlib.Path(folder, str(number)).touch()
+      if fail and number == 1:
+        raise errors.UserError("record 7 cannot be read")
 
 
 def look(port: int, number: int, folder: str) -> None:
