@@ -616,6 +616,7 @@ class TrainConfig:
   """Length of the run and its rhythm, all in optimizer steps."""
 
   num_steps: int = 100_000
+  accumulate: int = 1  # micro-batches of a step, one in memory at a time
   seed: int = 0  # parameters, dropout, in-batch negatives
   init_from: str = ""  # work dir or export whose parameters start this run
   log_every: int = 50
@@ -628,7 +629,9 @@ class TrainConfig:
   wandb: bool = False
 
   def __post_init__(self):
-    _check_positive(self, "num_steps", "log_every", "save_every", "keep_last")
+    _check_positive(
+      self, "num_steps", "accumulate", "log_every", "save_every", "keep_last"
+    )
     _check_not_negative(
       self, "seed", "eval_every", "keep_best", "profile_steps"
     )

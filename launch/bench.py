@@ -3,8 +3,10 @@ r"""Measures how fast a recipe trains on this machine.
   python launch/bench.py --config=configs/glscl_base.py \
     --config.data.dir=DATA --config.data.batch_size=256 [--output=FILE.json]
 
-Takes what launch/train.py takes, and trains nothing that is kept. Exit code 0:
-done. 2: `error: ...` says what to change.
+Takes what launch/train.py takes, and trains nothing that is kept.
+--against=torch times the published step in PyTorch on the same batch too, on
+the CPU, and prints ratios. Exit code 0: done. 2: `error: ...` says what to
+change.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   flags.DEFINE_integer(
     "steps", 20, "Steps that are timed.", lower_bound=1, flag_values=values
   )
+  flags.DEFINE_enum(
+    "against", "", ["", "torch"], "What else is timed.", flag_values=values
+  )
   flags.DEFINE_string(
     "output", "", "JSON file of the figures.", flag_values=values
   )
@@ -57,7 +62,9 @@ def _run(values: flags.FlagValues) -> int:
     errors.check_file(
       pathlib.Path(values.output), option=f"--output={values.output}"
     )
-  found = bench.bench(config, num_steps=values.steps)
+  found = bench.bench(
+    config, num_steps=values.steps, against_torch=values.against == "torch"
+  )
   print(bench.format_figures(found))
   if values.output:
     atomic.write_text(pathlib.Path(values.output), found.to_json() + "\n")

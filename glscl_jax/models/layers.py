@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from glscl_jax import draws
 from glscl_jax.models import products
 from glscl_jax.types import BATCH_AXES
 
@@ -119,10 +120,8 @@ class Dropout(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     if self.rate == 0.0 or not self.has_rng("dropout"):
       return x
-    keep = jax.random.bernoulli(
-      self.make_rng("dropout"), 1.0 - self.rate, x.shape
-    )
-    return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
+    kept = draws.keep(self.make_rng("dropout"), self.rate, x.shape)
+    return jnp.where(kept, x / (1.0 - self.rate), jnp.zeros_like(x))
 
 
 class Values(nn.Module):

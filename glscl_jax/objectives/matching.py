@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from glscl_jax import draws
 from glscl_jax.objectives import contrastive
 
 
@@ -46,11 +47,8 @@ def half_labels(
 
   `round_up`: where a group is odd, one more.
   """
-  keys_G = jax.random.split(key, batch // group)
-  num_ones = (group + round_up) // 2
-  ones_A = (jnp.arange(group) < num_ones).astype(jnp.int32)
-  labels = jax.vmap(lambda k: jax.random.permutation(k, ones_A))(keys_G)
-  return labels.reshape(batch)
+  order_GA = jnp.argsort(draws.uniform(key, (batch // group, group)), axis=1)
+  return (order_GA < (group + round_up) // 2).astype(jnp.int32).reshape(batch)
 
 
 def same_in_groups(identity_BM: jax.Array, group: int) -> jax.Array:
@@ -122,7 +120,7 @@ def negatives_of_both(
 
 
 def _draw(logits_GAA, forbidden_GAA, key):
-  noise_GAA = jax.random.gumbel(key, logits_GAA.shape)
+  noise_GAA = draws.gumbel(key, logits_GAA.shape)
   scores_GAA = jnp.where(forbidden_GAA, -jnp.inf, logits_GAA + noise_GAA)
   index_B = jnp.argmax(scores_GAA, axis=2).astype(jnp.int32).reshape(-1)
   return index_B, ~jnp.all(forbidden_GAA, axis=2).reshape(-1)

@@ -33,7 +33,7 @@ from glscl_jax.objectives import (
 )
 from glscl_jax.systems import encoders, inputs, terms, views
 from glscl_jax.systems.answers import Answers, Slots
-from glscl_jax.types import Batch, LossOutput, Params, Visual
+from glscl_jax.types import Batch, Params, Visual
 
 # By masking.swap: the sides whose slots of anchors get the other's content.
 SWAPPED = {
@@ -311,12 +311,16 @@ def _classify(
       "anchor": asked.ok_BJ & asked.anchor_BJ,
       other: asked.ok_BJ & ~asked.anchor_BJ,
     }
-  return loss, {
-    f"{name}_{kind}_accuracy": masked_lm.accuracy(
-      logits_BJV, asked.labels_BJ, ok_BJ
-    )
-    for kind, ok_BJ in kinds.items()
-  }
+  return terms.Term(
+    (terms.Mean(loss, terms.count(asked.ok_BJ)),),
+    {
+      f"{name}_{kind}_accuracy": terms.Mean(
+        masked_lm.accuracy(logits_BJV, asked.labels_BJ, ok_BJ),
+        terms.count(ok_BJ),
+      )
+      for kind, ok_BJ in kinds.items()
+    },
+  )
 
 
 def _words(context: Context, name: str, prefix: str) -> terms.Term:
@@ -333,21 +337,23 @@ def _regions(context: Context, name: str, prefix: str) -> terms.Term:
 
 def _amc(context: Context) -> terms.Term:
   """AMC = CE(vocab(H), words) + CE(class(H), classes), both sides completed."""
-  words, word_metrics = _words(context, "amc", "amc_word")
-  regions, region_metrics = _regions(context, "amc", "amc_region")
-  metrics = {"amc_words": words, "amc_regions": regions}
-  loss, weight = words + regions, context.config.objectives.amc_pair
+  words = _words(context, "amc", "amc_word")
+  regions = _regions(context, "amc", "amc_region")
+  (of_words,), (of_regions,) = words.summands, regions.summands
+  metrics = {"amc_words": of_words, "amc_regions": of_regions}
+  summands, weight = (of_words, of_regions), context.config.objectives.amc_pair
   if weight > 0:
-    metrics["amc_pair"] = _amc_pair(context)
-    loss += weight * metrics["amc_pair"]
-  return loss, metrics | word_metrics | region_metrics
+    of_pairs = _amc_pair(context)
+    metrics["amc_pair"] = of_pairs
+    summands += (terms.Mean(weight * of_pairs.value, of_pairs.count),)
+  return terms.Term(summands, metrics | words.metrics | regions.metrics)
 
 
-def _amc_pair(context: Context) -> jax.Array:
-  """InfoNCE of the anchors' states, words against regions, over the batch."""
+def _amc_pair(context: Context) -> terms.Mean:
+  """InfoNCE of the anchors' states, words against regions, by groups."""
   batch, states_BLD = context.batch, context.states["amc"]
   group = min(context.config.objectives.amc_pair_group, states_BLD.shape[0])
-  return anchors.pair_contrast(
+  loss = anchors.pair_contrast(
     layers.take_rows(states_BLD, batch.anchor_pos_BA),
     _region_rows(context, states_BLD, batch.anchor_region_BA),
     batch.anchor_ok_BA,
@@ -356,6 +362,7 @@ def _amc_pair(context: Context) -> jax.Array:
     group=group,
     block=context.config.objectives.contrast_block,
   )
+  return terms.Mean(loss, float(states_BLD.shape[0] // group))
 
 
 def _mlm(context: Context) -> terms.Term:
@@ -388,7 +395,7 @@ def _mrfr(context: Context) -> terms.Term:
     loss="l2",
     patch_norm=False,
   )
-  return loss, {}
+  return terms.Term((terms.Mean(loss, terms.count(asked.ok_BJ)),), {})
 
 
 def _cosines(context: Context) -> jax.Array:
@@ -408,11 +415,17 @@ def _wrc(context: Context) -> terms.Term:
   batch, cosine_BTR = context.batch, _cosines(context)
   pairs = batch.pair_pos_BA, batch.pair_region_BA, batch.pair_ok_BA
   temperature = context.model.temperature()
+  there_BA = anchors.find_pairs(cosine_BTR, *pairs)
   loss = anchors.word_region_contrast(cosine_BTR, temperature, *pairs)
-  return loss, {
-    "wrc_accuracy": anchors.accuracy(cosine_BTR, *pairs),
-    "wrc_temperature": temperature,
-  }
+  return terms.Term(
+    (terms.Mean(loss, terms.count(jnp.any(there_BA, axis=1))),),
+    {
+      "wrc_accuracy": terms.Mean(
+        anchors.accuracy(cosine_BTR, *pairs), terms.count(there_BA)
+      ),
+      "wrc_temperature": terms.whole(temperature),
+    },
+  )
 
 
 def _itm(context: Context) -> terms.Term:
@@ -421,7 +434,7 @@ def _itm(context: Context) -> terms.Term:
   return terms.itm(logits_A2, context.judged.labels_A, context.judged.ok_A)
 
 
-LOSSES: dict[str, Callable[[Context], terms.Term]] = {
+LOCAL: dict[str, Callable[[Context], terms.Term]] = {
   "amc": _amc,
   "wrc": _wrc,
   "itm": _itm,
@@ -459,33 +472,44 @@ def run_passes(
   return Context(model, batch, states, judged, config)
 
 
-def _step(
+def _parts(
   model: CMAL,
   batch: Batch,
   config: Config,
   key: jax.Array,
   tasks: tuple[str, ...],
-) -> LossOutput:
-  """Some objectives and their mean by weight."""
+) -> terms.Parts:
+  """Some of the objectives."""
   context = run_passes(model, batch, config, key, tasks)
-  weights = {name: getattr(config.objectives, name) for name in tasks}
-  total, metrics = jnp.zeros(()), {}
-  for name in tasks:
-    value, extra = LOSSES[name](context)
-    total += weights[name] / sum(weights.values()) * value
-    metrics |= {name: value, **extra}
-  return LossOutput(loss=total, metrics={"loss": total, **metrics})
+  found = {name: LOCAL[name](context) for name in tasks}
+  if batch.anchor_ok_BA is not None:
+    number_B = jnp.sum(batch.anchor_ok_BA, axis=1, dtype=jnp.float32)
+    mean = terms.Mean(jnp.mean(number_B), float(len(number_B)))
+    for term in found.values():
+      term.metrics["anchors_per_sample"] = mean
+  return terms.Parts(local=found, features={})
 
 
-def loss(
+def _split_key(key: jax.Array) -> jax.Array:
+  """Keys of dropout, of false images, of the objective."""
+  return jax.random.split(key, 3)
+
+
+def _is_drawn(config: Config) -> bool:
+  """Whether a step computes one of several objectives."""
+  drawn = config.objectives.task_mix == "sample"
+  return drawn and len(config.objectives.active) > 1
+
+
+def parts(
   params: Params,
   batch: Batch,
   *,
   config: Config,
   key: jax.Array,
   step: jax.Array | int | None = None,
-) -> LossOutput:
-  """The objective drawn for this step, or the mean of all by weight.
+) -> terms.Parts:
+  """The passes of the objective drawn for this step, or of all.
 
   Args:
     params: as made by `init`.
@@ -495,10 +519,10 @@ def loss(
     step: not read here.
 
   Returns:
-    What the other objectives would log is NaN: they have not been computed.
+    The terms of the other objectives are NaN: they have not been computed.
   """
   del step
-  dropout_key, draw_key, task_key = jax.random.split(key, 3)
+  dropout_key, draw_key, task_key = _split_key(key)
 
   def compute(params: Params, batch: Batch, *, tasks: tuple[str, ...]):
     return CMAL(config.model).apply(
@@ -507,25 +531,18 @@ def loss(
       config,
       draw_key,
       tasks,
-      method=_step,
+      method=_parts,
       rngs={"dropout": dropout_key},
     )
 
   active = config.objectives.active
-  if config.objectives.task_mix == "sum" or len(active) == 1:
-    output = compute(params, batch, tasks=active)
-  else:
-    output = _one_of(
-      [functools.partial(compute, tasks=(name,)) for name in active],
-      draw_task(config, task_key),
-      params,
-      batch,
-    )
-  if batch.anchor_ok_BA is None:
-    return output
-  per_sample = jnp.mean(jnp.sum(batch.anchor_ok_BA, axis=1, dtype=jnp.float32))
-  return dataclasses.replace(
-    output, metrics=output.metrics | {"anchors_per_sample": per_sample}
+  if not _is_drawn(config):
+    return compute(params, batch, tasks=active)
+  return _one_of(
+    [functools.partial(compute, tasks=(name,)) for name in active],
+    draw_task(config, task_key),
+    params,
+    batch,
   )
 
 
@@ -536,27 +553,42 @@ def draw_task(config: Config, key: jax.Array) -> jax.Array:
   return jax.random.categorical(key, jnp.log(jnp.array(weights)))
 
 
+def weights(config: Config, key: jax.Array) -> dict[str, jax.Array | float]:
+  """1 of the objective drawn for this step, or shares of all by weight."""
+  own = terms.weights(config, key)
+  if not _is_drawn(config):
+    return {name: weight / sum(own.values()) for name, weight in own.items()}
+  drawn = draw_task(config, _split_key(key)[2])
+  return {name: (drawn == i).astype(float) for i, name in enumerate(own)}
+
+
 def _one_of(
-  computations: list[Callable[..., LossOutput]],
+  computations: list[Callable[..., terms.Parts]],
   number: jax.Array,
   *operands: Params | Batch,
-) -> LossOutput:
-  """Runs one; the scalars that only others have are NaN."""
-  names = [
-    jax.eval_shape(compute, *operands).metrics for compute in computations
-  ]
-  missing = dict.fromkeys(
-    sorted(set().union(*names)), jnp.full((), jnp.nan, jnp.float32)
+) -> terms.Parts:
+  """Runs one; the means that only others have are NaN, and count nothing."""
+  shapes: dict[str, terms.Term] = {}
+  for compute in computations:
+    shapes |= jax.eval_shape(compute, *operands).local
+  nothing = terms.Mean(jnp.full((), jnp.nan, jnp.float32), jnp.zeros(()))
+  missing = jax.tree.map(
+    lambda mean: nothing,
+    shapes,
+    is_leaf=lambda node: isinstance(node, terms.Mean),
   )
 
-  def whole(compute: Callable[..., LossOutput]) -> Callable[..., LossOutput]:
-    def run(*operands: Params | Batch) -> LossOutput:
-      output = compute(*operands)
-      return dataclasses.replace(output, metrics=missing | output.metrics)
+  def complete(compute: Callable[..., terms.Parts]):
+    def run(*operands: Params | Batch) -> terms.Parts:
+      found = jax.tree.map(jnp.float32, compute(*operands).local)
+      return terms.Parts(local=missing | found, features={})
 
     return run
 
-  return jax.lax.switch(number, [whole(c) for c in computations], *operands)
+  return jax.lax.switch(number, [complete(c) for c in computations], *operands)
+
+
+loss = terms.make_loss(parts, weights=weights)
 
 
 def init(config: Config, key: jax.Array) -> Params:
@@ -567,7 +599,7 @@ def init(config: Config, key: jax.Array) -> Params:
     config,
     key,
     config.objectives.active,
-    method=_step,
+    method=_parts,
   )["params"]
 
 

@@ -24,7 +24,7 @@ from glscl_jax.models.vision import named_patches
 from glscl_jax.objectives import completion, contrastive, matching
 from glscl_jax.systems import encoders, inputs, terms, views
 from glscl_jax.systems.views import Pass, Reads
-from glscl_jax.types import Batch, LossOutput, Params
+from glscl_jax.types import Batch, Params
 
 
 def objective_reads(config: ObjectiveConfig) -> dict[str, list[Reads]]:
@@ -359,57 +359,70 @@ def _itm(context: Context) -> terms.Term:
   return terms.itm(logits_B2, encoded.itm_labels_B, encoded.itm_ok_B)
 
 
-def _itc(context: Context) -> terms.Term:
-  return terms.itc(
-    *context.encoded.joint,
-    context.model.temperature(),
-    context.batch,
-    context.config,
-  )
+# The rows, or vectors, that meet those of the whole batch.
+Features = tuple[jax.Array, jax.Array]
+Contrast = Callable[[Towers, Features, Batch, ObjectiveConfig], terms.Term]
 
 
-def _global(name: str) -> Callable[[Context], terms.Term]:
-  def objective(context: Context) -> terms.Term:
-    masked_B1D, complete_B1D = context.rows(name)
-    scale = context.config.contrast_grad_scale
+def features(context: Context, name: str) -> Features:
+  """What `CONTRAST[name]` reads: masked and complete, or text and image."""
+  if name == "itc":
+    return context.encoded.joint
+  first, second = context.rows(name)
+  if name.startswith("mgsc"):
+    return first[:, 0], second[:, 0]
+  return first, second
+
+
+def _itc(
+  model: Towers, found: Features, batch: Batch, config: ObjectiveConfig
+) -> terms.Term:
+  return terms.itc(*found, model.temperature(), batch, config)
+
+
+def _global(name: str) -> Contrast:
+  def objective(
+    model: Towers, found: Features, batch: Batch, config: ObjectiveConfig
+  ) -> terms.Term:
+    masked_BD, complete_BD = found
     loss = completion.global_completion(
-      contrastive.scale_gradient(masked_B1D[:, 0], scale),
-      complete_B1D[:, 0],
-      temperature=context.config.completion_temperature,
-      identity_BM=context.batch.identity_BM,
-      same_image=context.config.same_image,
-      group=context.config.text_mgsc_group if name == "mgsc_text" else None,
-      block=context.config.contrast_block,
+      contrastive.scale_gradient(masked_BD, config.contrast_grad_scale),
+      complete_BD,
+      temperature=config.completion_temperature,
+      identity_BM=batch.identity_BM,
+      same_image=config.same_image,
+      group=config.text_mgsc_group if name == "mgsc_text" else None,
+      block=config.contrast_block,
     )
-    return loss, {}
+    return terms.Term((terms.whole(loss),), {})
 
   return objective
 
 
-def _local(name: str) -> Callable[[Context], terms.Term]:
+def _local(name: str) -> Contrast:
   is_text = name == "mltc_text"
 
-  def objective(context: Context) -> terms.Term:
-    masked_BJD, complete_BJD = context.rows(name)
-    config = context.config
+  def objective(
+    model: Towers, found: Features, batch: Batch, config: ObjectiveConfig
+  ) -> terms.Term:
+    masked_BJD, complete_BJD = found
     loss = completion.local_completion(
       contrastive.scale_gradient(masked_BJD, config.contrast_grad_scale),
       complete_BJD,
-      context.batch.scl_ok_BJ if is_text else None,
+      batch.scl_ok_BJ if is_text else None,
       temperature=config.completion_temperature,
       group=config.mltc_text_group if is_text else config.mltc_image_group,
-      identity_BM=context.batch.identity_BM,
+      identity_BM=batch.identity_BM,
       same_image=config.same_image,
       block=config.contrast_block,
     )
-    return loss, {}
+    return terms.Term((terms.whole(loss),), {})
 
   return objective
 
 
-LOSSES: dict[str, Callable[[Context], terms.Term]] = {
-  "mlm": _mlm,
-  "itm": _itm,
+LOCAL: dict[str, Callable[[Context], terms.Term]] = {"mlm": _mlm, "itm": _itm}
+CONTRAST: dict[str, Contrast] = {
   "itc": _itc,
   "mgsc_image": _global("mgsc_image"),
   "mgsc_text": _global("mgsc_text"),
@@ -418,34 +431,46 @@ LOSSES: dict[str, Callable[[Context], terms.Term]] = {
 }
 
 
-def _step(
+def _parts(
   model: Towers, batch: Batch, config: Config, key: jax.Array
-) -> LossOutput:
+) -> terms.Parts:
+  active = config.objectives.active
   plan = make_plan(config.objectives)
   encoded = encode(model, batch, plan, config, key)
-  fused = fuse(model, batch, encoded, plan, config)
   context = Context(
     model,
     batch,
     encoded,
-    fused,
+    fuse(model, batch, encoded, plan, config),
     objective_reads(config.objectives),
     config.objectives,
   )
-  return terms.weighted_sum(
-    config.objectives, lambda name: LOSSES[name](context)
+  return terms.Parts(
+    local={name: LOCAL[name](context) for name in active if name in LOCAL},
+    features={
+      name: features(context, name) for name in active if name in CONTRAST
+    },
   )
 
 
-def loss(
+def _contrast(
+  model: Towers, found: Mapping[str, Features], batch: Batch, config: Config
+) -> dict[str, terms.Term]:
+  return {
+    name: CONTRAST[name](model, both, batch, config.objectives)
+    for name, both in found.items()
+  }
+
+
+def parts(
   params: Params,
   batch: Batch,
   *,
   config: Config,
   key: jax.Array,
   step: jax.Array | int | None = None,
-) -> LossOutput:
-  """The weighted sum of the active objectives on one global batch.
+) -> terms.Parts:
+  """All passes of a batch, or of a micro-batch, up to its contrasts.
 
   Args:
     params: as made by `init`.
@@ -455,21 +480,42 @@ def loss(
       when dropout is 0 and negatives come from the data set.
     step: not read here.
   """
+  del step
   dropout_key, draw_key = jax.random.split(key)
   return Towers(config.model).apply(
     {"params": params},
     batch,
     config,
     draw_key,
-    method=_step,
+    method=_parts,
     rngs={"dropout": dropout_key},
   )
 
 
+def contrast(
+  params: Params,
+  features: Mapping[str, Features],
+  batch: Batch,
+  *,
+  config: Config,
+) -> dict[str, terms.Term]:
+  """ITC, MGSC and MLTC of a whole batch, from `Parts.features`."""
+  return Towers(config.model).apply(
+    {"params": params}, features, batch, config, method=_contrast
+  )
+
+
+loss = terms.make_loss(parts, contrast)
+
+
 def init(config: Config, key: jax.Array) -> Params:
   """Parameters of everything the active objectives read, float32."""
+
+  def method(model: Towers, batch: Batch) -> None:
+    _contrast(model, _parts(model, batch, config, key).features, batch, config)
+
   return Towers(config.model).init(
-    {"params": key}, inputs.example_batch(config), config, key, method=_step
+    {"params": key}, inputs.example_batch(config), method=method
   )["params"]
 
 

@@ -26,7 +26,7 @@ from glscl_jax.models.cross_stack import CrossStack
 from glscl_jax.models.maskvlm import MaskVLM
 from glscl_jax.objectives import contrastive, masked_regression, matching
 from glscl_jax.systems import completed, encoders, inputs, terms, views
-from glscl_jax.types import Batch, LossOutput, Params
+from glscl_jax.types import Batch, Params
 
 # The versions of image and text that each objective reads.
 READS = {
@@ -262,7 +262,8 @@ def _mim(context: Context) -> terms.Term:
     loss=config.objectives.mim_loss,
     patch_norm=config.objectives.mim_patch_norm,
   )
-  return loss, {}
+  number = float(batch.block_idx_BI.size)
+  return terms.Term((terms.Mean(loss, number),), {})
 
 
 def decode(
@@ -287,27 +288,16 @@ def _itm(context: Context) -> terms.Term:
   return terms.itm(logits_A2, context.judged.labels_A, context.judged.ok_A)
 
 
-def _itc(context: Context) -> terms.Term:
-  """ITC: symmetric InfoNCE of v_0 and w_0 over the batch, tau learned."""
-  return terms.itc(
-    *context.encoded.joint,
-    context.model.temperature(),
-    context.batch,
-    context.config.objectives,
-  )
-
-
-LOSSES: dict[str, Callable[[Context], terms.Term]] = {
+LOCAL: dict[str, Callable[[Context], terms.Term]] = {
   "mlm": _mlm,
   "mim": _mim,
   "itm": _itm,
-  "itc": _itc,
 }
 
 
-def _step(
+def _parts(
   model: MaskVLM, batch: Batch, config: Config, key: jax.Array
-) -> LossOutput:
+) -> terms.Parts:
   active = config.objectives.active
   encoded = encode(model, batch, config)
   judged = None
@@ -322,20 +312,34 @@ def _step(
     fuse_images(model, batch, encoded, judged),
     config,
   )
-  return terms.weighted_sum(
-    config.objectives, lambda name: LOSSES[name](context)
+  return terms.Parts(
+    local={name: LOCAL[name](context) for name in active if name in LOCAL},
+    features={"itc": encoded.joint} if "itc" in active else {},
   )
 
 
-def loss(
+def _contrast(
+  model: MaskVLM,
+  found: Mapping[str, tuple[jax.Array, jax.Array]],
+  batch: Batch,
+  config: Config,
+) -> dict[str, terms.Term]:
+  """ITC: symmetric InfoNCE of v_0 and w_0 over the batch, tau learned."""
+  if "itc" not in found:
+    return {}
+  itc = terms.itc(*found["itc"], model.temperature(), batch, config.objectives)
+  return {"itc": itc}
+
+
+def parts(
   params: Params,
   batch: Batch,
   *,
   config: Config,
   key: jax.Array,
   step: jax.Array | int | None = None,
-) -> LossOutput:
-  """The weighted sum of the active objectives on one global batch.
+) -> terms.Parts:
+  """All passes of a batch, or of a micro-batch, up to its contrasts.
 
   Args:
     params: as made by `init`.
@@ -344,21 +348,42 @@ def loss(
     key: dropout and negatives of this step.
     step: not read here.
   """
+  del step
   dropout_key, draw_key = jax.random.split(key)
   return MaskVLM(config.model).apply(
     {"params": params},
     batch,
     config,
     draw_key,
-    method=_step,
+    method=_parts,
     rngs={"dropout": dropout_key},
   )
 
 
+def contrast(
+  params: Params,
+  features: Mapping[str, tuple[jax.Array, jax.Array]],
+  batch: Batch,
+  *,
+  config: Config,
+) -> dict[str, terms.Term]:
+  """ITC of a whole batch, from `Parts.features`."""
+  return MaskVLM(config.model).apply(
+    {"params": params}, features, batch, config, method=_contrast
+  )
+
+
+loss = terms.make_loss(parts, contrast)
+
+
 def init(config: Config, key: jax.Array) -> Params:
   """Parameters of everything the active objectives read, float32."""
+
+  def method(model: MaskVLM, batch: Batch) -> None:
+    _contrast(model, _parts(model, batch, config, key).features, batch, config)
+
   return MaskVLM(config.model).init(
-    {"params": key}, inputs.example_batch(config), config, key, method=_step
+    {"params": key}, inputs.example_batch(config), method=method
   )["params"]
 
 

@@ -24,6 +24,7 @@ from glscl_jax.systems import (
   maskvlm_flops,
   sycoca,
   sycoca_flops,
+  terms,
 )
 from glscl_jax.systems.answers import Answers
 from glscl_jax.systems.completed import Completed
@@ -37,7 +38,12 @@ class System:
 
   # Training.
   init: Callable[[Config, jax.Array], Params]
-  loss: Callable[..., LossOutput]  # (params, batch, config=, key=, step=)
+  loss: Callable[..., LossOutput]  # (params, batch, config=, key=, step=), of
+  # what follows
+  parts: Callable[..., terms.Parts]  # as `loss`
+  contrast: Callable[..., dict[str, terms.Term]] = terms.no_contrast  # (params,
+  # features, batch)
+  weights: Callable[..., dict[str, Any]] = terms.weights  # (config, key)
   forward: Callable[[Config], Forward]  # FLOPs
   # Retrieval.
   see: Callable[[Batch], Visual]  # what it reads of a batch beside the text
@@ -78,6 +84,8 @@ SYSTEMS = {
   "glscl": System(
     init=glscl.init,
     loss=glscl.loss,
+    parts=glscl.parts,
+    contrast=glscl.contrast,
     forward=glscl_flops.forward,
     see=inputs.see_images,
     encode_visual=glscl.encode_visual,
@@ -94,6 +102,8 @@ SYSTEMS = {
   "maskvlm": System(
     init=maskvlm.init,
     loss=maskvlm.loss,
+    parts=maskvlm.parts,
+    contrast=maskvlm.contrast,
     forward=maskvlm_flops.forward,
     see=inputs.see_images,
     encode_visual=maskvlm.encode_visual,
@@ -120,6 +130,8 @@ SYSTEMS = {
   "sycoca": System(
     init=sycoca.init,
     loss=sycoca.loss,
+    parts=sycoca.parts,
+    contrast=sycoca.contrast,
     forward=sycoca_flops.forward,
     see=inputs.see_images,
     encode_visual=sycoca.encode_visual,
@@ -139,6 +151,8 @@ SYSTEMS = {
   "cmal": System(
     init=cmal.init,
     loss=cmal.loss,
+    parts=cmal.parts,
+    weights=cmal.weights,
     forward=cmal_flops.forward,
     see=inputs.see_regions,
     encode_visual=cmal.encode_visual,

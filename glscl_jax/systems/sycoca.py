@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
+from glscl_jax import draws
 from glscl_jax.config import Config
 from glscl_jax.data import masking
 from glscl_jax.models import attention, cross_stack, layers, vision
@@ -34,7 +35,7 @@ from glscl_jax.objectives import (
   masked_regression,
 )
 from glscl_jax.systems import completed, encoders, inputs, terms
-from glscl_jax.types import Batch, LossOutput, Params
+from glscl_jax.types import Batch, Params
 
 
 def needs_split(config: Config) -> bool:
@@ -149,7 +150,7 @@ def split_patches(
   options = config.masking
   num_high, num_low = count_split(config)
   shape = batch.text_ids_BT.shape[0], config.model.vision.num_patches
-  noise_BI = jax.random.uniform(key, shape)
+  noise_BI = draws.uniform(key, shape)
   chosen_BI = noise_BI
   if options.split == "attentive":
     chosen_BI, told_B = patch_scores(model, batch, encoded)
@@ -172,16 +173,6 @@ class Context:
   config: Config
 
 
-def _itc(context: Context) -> terms.Term:
-  """ITC: symmetric InfoNCE of v and t over the batch, tau = exp(-theta)."""
-  return terms.itc(
-    *joint_vectors(context.model, context.encoded),
-    context.model.temperature(),
-    context.batch,
-    context.config.objectives,
-  )
-
-
 def caption_logits(context: Context) -> jax.Array:
   """Logits of each next token, (B, T - 1, V).
 
@@ -200,8 +191,10 @@ def _ic(context: Context) -> terms.Term:
   """IC = CE(head(caption decoder(U | Z without low)), next tokens)."""
   logits_BLV = caption_logits(context)
   text = context.batch.text_ids_BT, context.batch.text_valid_BT
-  loss = captioning.captioning(logits_BLV, *text)
-  return loss, {"ic_accuracy": captioning.accuracy(logits_BLV, *text)}
+  number = terms.count(context.batch.text_valid_BT[:, 1:])
+  loss = terms.Mean(captioning.captioning(logits_BLV, *text), number)
+  accuracy = terms.Mean(captioning.accuracy(logits_BLV, *text), number)
+  return terms.Term((loss,), {"ic_accuracy": accuracy})
 
 
 def hidden_states(context: Context) -> jax.Array:
@@ -242,42 +235,59 @@ def _tg_mim(context: Context) -> terms.Term:
     loss=config.objectives.mim_loss,
     patch_norm=config.objectives.mim_patch_norm,
   )
-  return loss, {}
+  number = float(context.split.high_BJ.size)
+  return terms.Term((terms.Mean(loss, number),), {})
 
 
-LOSSES: dict[str, Callable[[Context], terms.Term]] = {
-  "itc": _itc,
+LOCAL: dict[str, Callable[[Context], terms.Term]] = {
   "ic": _ic,
   "tg_mim": _tg_mim,
 }
 
 
-def _step(
+def _parts(
   model: SyCoCa,
   batch: Batch,
   config: Config,
   key: jax.Array,
   step: jax.Array | int | None,
-) -> LossOutput:
+) -> terms.Parts:
+  active = config.objectives.active
   encoded = encode(model, batch, config)
   split = None
   if needs_split(config):
     split = split_patches(model, batch, encoded, config, key, step)
   context = Context(model, batch, encoded, split, config)
-  return terms.weighted_sum(
-    config.objectives, lambda name: LOSSES[name](context)
+  return terms.Parts(
+    local={name: LOCAL[name](context) for name in active if name in LOCAL},
+    features=(
+      {"itc": joint_vectors(model, encoded)} if "itc" in active else {}
+    ),
   )
 
 
-def loss(
+def _contrast(
+  model: SyCoCa,
+  found: Mapping[str, tuple[jax.Array, jax.Array]],
+  batch: Batch,
+  config: Config,
+) -> dict[str, terms.Term]:
+  """ITC: symmetric InfoNCE of v and t over the batch, tau = exp(-theta)."""
+  if "itc" not in found:
+    return {}
+  itc = terms.itc(*found["itc"], model.temperature(), batch, config.objectives)
+  return {"itc": itc}
+
+
+def parts(
   params: Params,
   batch: Batch,
   *,
   config: Config,
   key: jax.Array,
   step: jax.Array | int | None = None,
-) -> LossOutput:
-  """The weighted sum of the active objectives on one global batch.
+) -> terms.Parts:
+  """All passes of a batch, or of a micro-batch, up to its contrast.
 
   Args:
     params: as made by `init`.
@@ -287,19 +297,35 @@ def loss(
     step: before `masking.mask_warmup_steps` all are; None: after it.
   """
   return SyCoCa(config.model).apply(
-    {"params": params}, batch, config, key, step, method=_step
+    {"params": params}, batch, config, key, step, method=_parts
   )
+
+
+def contrast(
+  params: Params,
+  features: Mapping[str, tuple[jax.Array, jax.Array]],
+  batch: Batch,
+  *,
+  config: Config,
+) -> dict[str, terms.Term]:
+  """ITC of a whole batch, from `Parts.features`."""
+  return SyCoCa(config.model).apply(
+    {"params": params}, features, batch, config, method=_contrast
+  )
+
+
+loss = terms.make_loss(parts, contrast)
 
 
 def init(config: Config, key: jax.Array) -> Params:
   """Parameters of everything the active objectives read, float32."""
+
+  def method(model: SyCoCa, batch: Batch) -> None:
+    found = _parts(model, batch, config, key, None)
+    _contrast(model, found.features, batch, config)
+
   return SyCoCa(config.model).init(
-    {"params": key},
-    inputs.example_batch(config),
-    config,
-    key,
-    None,
-    method=_step,
+    {"params": key}, inputs.example_batch(config), method=method
   )["params"]
 
 

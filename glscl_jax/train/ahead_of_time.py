@@ -357,9 +357,9 @@ def describe_excess(message: str, topology: str) -> str:
   )
   return (
     f"--topology={topology}: the step does not fit: {needs}. Lower "
-    "--config.data.batch_size, set --config.model.remat=full with "
-    "--config.model.scan, share the state with --config.mesh.fsdp, or take "
-    "more chips"
+    "--config.data.batch_size, raise --config.train.accumulate, set "
+    "--config.model.remat=full with --config.model.scan, share the state with "
+    "--config.mesh.fsdp, or take more chips"
   )
 
 

@@ -6,17 +6,22 @@ The step is the run's own, on a real batch: `launch/bench.py` measures what
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import importlib.util
 import itertools
 import json
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from glscl_jax import config as config_lib
+from glscl_jax import errors
 from glscl_jax.data import pipeline
 from glscl_jax.systems import registry
 from glscl_jax.train import loop, metrics
@@ -33,6 +38,16 @@ class Spread:
   median: float
   fastest: float
   slowest: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Baseline:
+  """The published step in PyTorch, on the same batch."""
+
+  step_seconds: Spread
+  peak_rss_mib: float
+  speed: float  # its median step over ours
+  memory: float  # our peak over its peak
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +71,8 @@ class Figures:
   share_of_matmul: float
   data_samples_per_second: float  # of the pipeline alone
   data_wait: float  # share of the time in which steps wait for batches
+  peak_rss_mib: float  # of this process, before anything else is timed
+  torch: Mapping[str, Baseline]  # by precision; empty: not asked for
 
   def to_json(self) -> str:
     """As one object."""
@@ -66,6 +83,7 @@ def bench(
   config: config_lib.Config,
   *,
   num_steps: int,
+  against_torch: bool = False,
   say: Callable[[str], None] = print,
 ) -> Figures:
   """Measures a recipe on the devices and the data that it names.
@@ -73,15 +91,19 @@ def bench(
   Args:
     config: the run's; nothing is written.
     num_steps: steps, and batches, that are timed.
+    against_torch: time PyTorch's step too (`torch_baseline.py`).
     say: called with each stage.
 
   Raises:
     UserError: what a start of the training would fail with.
   """
+  if against_torch:
+    check_torch(config)
   inputs = loop.open_inputs(config)
   try:
     mesh = inputs.mesh
-    batch = pipeline.global_batch(next(inputs.iterator), mesh)
+    local = next(inputs.iterator)
+    batch = pipeline.global_batch(local, mesh)
     state = state_lib.make_state(config, mesh)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     say(f"compiling the step of {num_params:,} parameters")
@@ -110,6 +132,11 @@ def bench(
     1 if devices[0].platform == "cpu" else len(devices)
   )
   memory = step.memory_analysis()
+  rss = metrics.peak_rss_mib()
+  torch = {}
+  if against_torch:
+    del state, batch  # leave the memory to the others
+    torch = _time_torch(config, local, seconds, rss, num_steps, say)
   return Figures(
     system=config.system,
     devices=f"{len(devices)} x {devices[0].device_kind}",
@@ -128,6 +155,8 @@ def bench(
     share_of_matmul=rate / matmul,
     data_samples_per_second=size / data_seconds,
     data_wait=data_wait,
+    peak_rss_mib=rss,
+    torch=torch,
   )
 
 
@@ -151,7 +180,68 @@ def format_figures(found: Figures) -> str:
       f"  compile   {found.compile_seconds:.1f} s",
       f"  data      {found.data_samples_per_second:.1f} samples/s alone; steps "
       f"wait {100 * found.data_wait:.1f} % of the time",
+      *(
+        f"  PyTorch   {name}: {1e3 * other.step_seconds.median:.1f} ms median, "
+        f"{other.speed:.2f} times ours; peak {other.peak_rss_mib:.0f} MiB, "
+        f"ours {other.memory:.2f} of it"
+        for name, other in found.torch.items()
+      ),
     ]
+  )
+
+
+def check_torch(config: config_lib.Config) -> None:
+  """Raises UserError where PyTorch's step cannot be timed."""
+  if importlib.util.find_spec("torch") is None:
+    raise errors.UserError(
+      "--against=torch: PyTorch is not installed; pip install torch"
+    )
+  if config.system != "glscl" or config.model.vision.stem:
+    raise config_lib.ConfigError(
+      "--against=torch: PyTorch's step is that of system=glscl without "
+      "model.vision.stem"
+    )
+
+
+def _time_torch(
+  config: config_lib.Config,
+  local: Mapping[str, np.ndarray],
+  ours: Spread,
+  rss: float,
+  num_steps: int,
+  say: Callable[[str], None],
+) -> dict[str, Baseline]:
+  from glscl_jax.train import torch_baseline  # an extra of this bench alone
+
+  found = {}
+  # In processes of their own: peaks of memory are those of each.
+  context = multiprocessing.get_context("spawn")
+  for precision in torch_baseline.PRECISIONS:
+    say(f"timing {num_steps} steps of PyTorch in {precision}")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+      timing = pool.submit(
+        torch_baseline.time_steps,
+        config,
+        dict(local),
+        precision=precision,
+        num_steps=num_steps,
+        num_warm=1,
+      ).result()
+    seconds = _spread(timing.seconds)
+    found[precision] = Baseline(
+      step_seconds=seconds,
+      peak_rss_mib=timing.peak_rss_mib,
+      speed=seconds.median / ours.median,
+      memory=rss / timing.peak_rss_mib,
+    )
+  return found
+
+
+def _spread(seconds: Sequence[float]) -> Spread:
+  return Spread(
+    median=statistics.median(seconds),
+    fastest=min(seconds),
+    slowest=max(seconds),
   )
 
 
@@ -169,10 +259,7 @@ def _time_steps(
     state, values = step(state, batch, key)
     jax.block_until_ready(values)
     seconds.append(time.perf_counter() - started)
-  timed = seconds[WARM_UP:]
-  return state, Spread(
-    median=statistics.median(timed), fastest=min(timed), slowest=max(timed)
-  )
+  return state, _spread(seconds[WARM_UP:])
 
 
 def count_ahead(data: config_lib.DataConfig) -> int:

@@ -35,7 +35,13 @@ from glscl_jax import atomic, errors, sharding
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, pipeline, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
-from glscl_jax.train import checkpoint, initial, journal, metrics
+from glscl_jax.train import (
+  accumulate,
+  checkpoint,
+  initial,
+  journal,
+  metrics,
+)
 from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib
 from glscl_jax.types import Batch, Params
@@ -120,6 +126,7 @@ def open_inputs(config: config_lib.Config) -> Inputs:
   pipeline.check_named(config)
   mesh = sharding.make_mesh(config.mesh)
   pipeline.check_batch(config, mesh.shape, jax.process_count())
+  accumulate.find_parts(config, mesh.shape)
   # Not jax's own numbers: with a tensor axis that spans processes, these hold
   # the same rows.
   block, num_blocks = pipeline.process_block(mesh, batch_size=data.batch_size)

@@ -324,3 +324,11 @@ def _start_wandb(workdir: pathlib.Path, config: config_lib.Config) -> Any:
     dir=str(workdir),
     config=json.loads(config_lib.to_json(config)),
   )
+
+
+def peak_rss_mib() -> float:
+  """The most memory that this process has held so far, on Linux."""
+  # Not getrusage, which tells a new process the peak of the one it came from.
+  status = pathlib.Path("/proc/self/status").read_text()
+  (line,) = (x for x in status.splitlines() if x.startswith("VmHWM:"))
+  return int(line.split()[1]) / 1024

@@ -11,8 +11,7 @@ import optax
 
 from glscl_jax import sharding
 from glscl_jax.config import Config
-from glscl_jax.systems import registry
-from glscl_jax.train import optimizer
+from glscl_jax.train import accumulate, optimizer
 from glscl_jax.train.state import TrainState, abstract_state
 from glscl_jax.types import Batch
 
@@ -39,19 +38,13 @@ def train_step(
   place in the schedule, as they are and is counted; the loop decides when to
   give up.
   """
-  system = registry.find(config)
-
-  def loss_fn(params):
-    output = system.loss(
-      params,
-      batch,
-      config=config,
-      key=step_key(key, state.step),
-      step=state.step,
-    )
-    return output.loss, output.metrics
-
-  grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+  grads, metrics = accumulate.gradients(
+    state.params,
+    batch,
+    config=config,
+    key=step_key(key, state.step),
+    step=state.step,
+  )
   grad_norm = optax.tree.norm(grads)
   transform = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
   updates, opt_state = transform.update(grads, state.opt_state, state.params)
