@@ -3,9 +3,12 @@ r"""Trains: the same command again continues.
   python launch/train.py --config=configs/quickstart.py --workdir=DIR
   python launch/train.py --config=configs/X.py:arg --workdir=DIR \
     --config.data.dir=DATA --config.train.num_steps=1000 [--dry_run]
+  python launch/train.py --config=.. --workdir=.. --num_processes=2 \
+    --process_id=0 --coordinator_address=HOST:PORT  # and 1, on another host
 
 Exit code 0: finished (or the dry run passed). 2: `error: ...` says what to
 change. 128 + N: signal N (130: Ctrl-C, 143: SIGTERM) stopped it after a save.
+75: another process of the run was lost; the same commands continue.
 JAX_COMPILATION_CACHE_DIR=DIR keeps compiled steps between starts.
 """
 
@@ -25,7 +28,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import flags
 
-from glscl_jax import command_line
+from glscl_jax import command_line, processes
 from glscl_jax import config as config_lib
 from glscl_jax.export import weights
 from glscl_jax.tasks import retrieval
@@ -47,12 +50,18 @@ def _run(values: flags.FlagValues) -> int:
       read_params=weights.read_params,
     )
     return 0
-  summary = loop.train(
-    config,
-    values.workdir,
-    evaluate=retrieval.evaluate,
-    read_params=weights.read_params,
-  )
+  with processes.joined(
+    processes.find(values),
+    join_timeout=values.join_timeout,
+    heartbeat_timeout=values.heartbeat_timeout,
+  ) as calls:
+    summary = loop.train(
+      config,
+      values.workdir,
+      evaluate=retrieval.evaluate,
+      read_params=weights.read_params,
+      calls=calls,
+    )
   return 0 if summary.stopped_by is None else 128 + summary.stopped_by
 
 
@@ -71,6 +80,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   flags.DEFINE_bool(
     "compile", False, "With --dry_run: compile too.", flag_values=values
   )
+  processes.define_flags(values)
   command_line.parse_recipe(values, argv, doc=__doc__, required=["workdir"])
   if values.compile and not values.dry_run:
     raise flags.Error("--compile goes with --dry_run: training compiles anyway")

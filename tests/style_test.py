@@ -39,7 +39,7 @@ LAYERS = [
   {"systems", "data", "sharding"},
   {"objectives", "models"},
   {"config", "types", "draws"},
-  {"atomic", "errors", "huge_pages"},
+  {"atomic", "errors", "huge_pages", "processes", "roll_call"},
 ]
 LEVEL = {name: -row for row, names in enumerate(LAYERS) for name in names}
 PURE = {"objectives"}  # functions of arrays: may import TYPES alone
@@ -233,9 +233,11 @@ def commands_in(page):
 
 
 def flags_of(script):
-  return set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', script.read_text())) | {
-    name.lstrip("-")
-    for name in re.findall(r'add_argument\(\s*"(--\w+)"', script.read_text())
+  text = script.read_text()
+  if "processes.define_flags(" in text:
+    text += (PACKAGE / "processes.py").read_text()
+  return set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text)) | {
+    name.lstrip("-") for name in re.findall(r'add_argument\(\s*"(--\w+)"', text)
   }
 
 

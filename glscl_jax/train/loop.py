@@ -29,9 +29,8 @@ from typing import Any, Protocol, TextIO
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from glscl_jax import atomic, errors, sharding
+from glscl_jax import atomic, errors, processes, roll_call, sharding
 from glscl_jax import config as config_lib
 from glscl_jax.data import pairs, pipeline, sources
 from glscl_jax.data import tokenizer as tokenizer_lib
@@ -77,19 +76,21 @@ class Inputs:
 
 
 class Stop:
-  """Remembers SIGTERM or SIGINT; a second one ends the process at once."""
+  """Remembers SIGTERM or SIGINT; a second one ends the process at once.
+
+  Args:
+    calls: through which several processes agree on a step to stop after.
+  """
 
   SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-  def __init__(self) -> None:
+  def __init__(self, calls: roll_call.RollCall | None = None) -> None:
     self.number: int | None = None
+    self._calls = calls
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> Stop:
-    # With several processes jax's coordination service listens to SIGTERM,
-    # so that all stop at the same step.
-    main = threading.current_thread() is threading.main_thread()
-    if main and jax.process_count() == 1:
+    if threading.current_thread() is threading.main_thread():
       for number in self.SIGNALS:
         self._before[number] = signal.signal(number, self._handle)
     return self
@@ -103,16 +104,18 @@ class Stop:
     self._before = {}
 
   def _handle(self, number: int, frame: types.FrameType | None) -> None:
-    self.number = number
+    if self._calls is None:
+      self.number = number
+    else:
+      self._calls.want_stop(number)
     self._restore()
     # A log line could re-enter a write that the signal interrupted.
     os.write(2, b"\nstopping after this step (again: at once)\n")
 
   def asked(self, step: int) -> bool:
     """Whether every process should stop after `step`."""
-    if jax.process_count() > 1 and self.number is None:
-      if multihost_utils.reached_preemption_sync_point(step):
-        self.number = signal.SIGTERM
+    if self._calls is not None:
+      self.number = self._calls.must_stop(step)
     return self.number is not None
 
 
@@ -164,6 +167,7 @@ def train(
   *,
   evaluate: Evaluate | None = None,
   read_params: initial.ReadParams = initial.read_work_dir,
+  calls: roll_call.RollCall | None = None,
   stream: TextIO | None = None,
 ) -> journal.Summary:
   """Trains until `config.train.num_steps`, or continues to it.
@@ -173,6 +177,7 @@ def train(
     workdir: made when missing; one that holds checkpoints is continued.
     evaluate: retrieval for `train.eval_every`.
     read_params: reads what `train.init_from` names.
+    calls: of `processes.joined`; None: this process is alone.
     stream: for people; standard output when None.
 
   Raises:
@@ -186,13 +191,14 @@ def train(
     )
   checkpoint.check_writable(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
+  processes.check_shared(workdir, option=f"--workdir={workdir}")
   with contextlib.ExitStack() as stack:
     log = metrics.RunLog(
       workdir, process_index=jax.process_index(), stream=stream
     )
     stack.callback(log.close)
     stack.enter_context(_warnings_to(log))
-    stop = stack.enter_context(Stop())
+    stop = stack.enter_context(Stop(calls))
     run = _start(config, workdir, read_params=read_params, log=log, stack=stack)
     return _run_steps(run, evaluate=evaluate, stop=stop)
 
@@ -226,7 +232,10 @@ class _Run:
       self.workdir,
       log=self.log,
       step=self.start_step,
-      num_steps=self.config.train.profile_steps,
+      # Of one process: traces are told apart by their host alone.
+      num_steps=(
+        self.config.train.profile_steps if jax.process_index() == 0 else 0
+      ),
     )
 
 

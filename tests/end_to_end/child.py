@@ -69,10 +69,12 @@ class Starter:
     self._context = multiprocessing.get_context("forkserver")
     self._context.set_forkserver_preload([__name__])
 
-  def __call__(self, argv: list[str], workdir: pathlib.Path) -> Child:
-    """Starts `argv`, which trains in `workdir`."""
-    log = workdir / "log-0.txt"
-    output = workdir.with_name(f"{workdir.name}.out")
+  def __call__(
+    self, argv: list[str], workdir: pathlib.Path, *, number: int = 0
+  ) -> Child:
+    """Starts `argv`, which trains in `workdir` as that process of several."""
+    log = workdir / f"log-{number}.txt"
+    output = workdir.with_name(f"{workdir.name}.out{number or ''}")
     process = self._context.Process(
       target=run, args=(argv, str(output)), daemon=True
     )

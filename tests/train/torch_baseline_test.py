@@ -1,0 +1,52 @@
+"""The published step in PyTorch; runs where PyTorch is installed."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests import random_pairs
+
+torch = pytest.importorskip("torch")
+
+from glscl_jax.train import torch_baseline  # noqa: E402
+
+CONFIG = random_pairs.config(depth=2, batch_size=4)
+
+
+def test_the_model_has_as_many_parameters_as_ours():
+  # Ours leaves out the stream of the last layer that nobody reads, and types
+  # of tokens stand apart there.
+  ours = random_pairs.abstract_params(CONFIG)
+  count = sum(x.size for x in jax.tree.leaves(ours))
+  model = torch_baseline.Model(CONFIG.model)
+  found = sum(p.numel() for p in model.parameters())
+  assert found == pytest.approx(count, rel=0.01)
+
+
+def test_every_objective_encodes_what_it_reads_by_itself(monkeypatch):
+  calls = {"encode_image": 0, "encode_text": 0, "fuse": 0}
+  for name in calls:
+    original = getattr(torch_baseline.Model, name)
+
+    def count(self, *arguments, name=name, original=original, **options):
+      calls[name] += 1
+      return original(self, *arguments, **options)
+
+    monkeypatch.setattr(torch_baseline.Model, name, count)
+  timing = torch_baseline.time_steps(
+    CONFIG,
+    {
+      name: np.array(array)
+      for name, array in vars(random_pairs.batch(CONFIG)).items()
+      if array is not None
+    },
+    precision="float32",
+    num_steps=2,
+    num_warm=0,
+  )
+  assert {n: c // 2 for n, c in calls.items()} == {
+    "encode_image": 6,
+    "encode_text": 6,
+    "fuse": 5,
+  }
+  assert len(timing.seconds) == 2 and np.isfinite(timing.loss)
