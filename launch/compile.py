@@ -26,6 +26,16 @@ os.environ.update(
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # 2026-11: on the stacks it gives itself libtpu 0.0.42 ends with SIGSEGV in
+    # its choice of windows (configs/cmal_base.py at 5 samples a chip).
+    "LIBTPU_INIT_ARGS": " ".join(
+      f"--{name}={2**23}"
+      for name in (
+        "default_thread_stack_size",
+        "fibers_default_thread_stack_size",
+        "xla_internal_thread_stack_size_bytes",
+      )
+    ),
     "TF_CPP_MIN_LOG_LEVEL": "2",
   }
   | os.environ

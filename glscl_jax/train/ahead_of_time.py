@@ -232,8 +232,7 @@ def find_split_groups(
 ) -> list[str]:
   """A line on each group of samples whose border lies inside of a device.
 
-  Then XLA moves samples so that groups lie evenly; libtpu 0.0.42 may even end
-  with a stack overflow.
+  Then XLA moves samples so that groups lie evenly.
   """
   num_devices = mesh.shape["data"] * mesh.shape["fsdp"]
   held = config.data.batch_size // num_devices
@@ -357,9 +356,9 @@ def describe_excess(message: str, topology: str) -> str:
   )
   return (
     f"--topology={topology}: the step does not fit: {needs}. Lower "
-    "--config.data.batch_size, set --config.model.remat=full with "
-    "--config.model.scan, share the state with --config.mesh.fsdp, or take "
-    "more chips"
+    "--config.data.batch_size, raise --config.train.accumulate, set "
+    "--config.model.remat=full with --config.model.scan, share the state with "
+    "--config.mesh.fsdp, or take more chips"
   )
 
 

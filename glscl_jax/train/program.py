@@ -246,6 +246,8 @@ class _Program:
     for one in self._all[name].values():
       if one.opcode == "dot":
         total += _dot_flops(one, self._all[name])
+      elif "__cublas$" in one.text:  # a GPU's matrix product
+        total += _library_flops(one, self._all[name])
       elif one.opcode == "convolution":
         total += _convolution_flops(one, self._all[name])
       for choices, times in self._inner(one):
@@ -408,6 +410,15 @@ def _dot_flops(one: Instruction, computation: Computation) -> float:
   (left,) = computation[one.operands[0]].arrays
   dims = _numbers(re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.text)[1])
   (result,) = one.arrays
+  return 2.0 * math.prod(result.shape) * math.prod(left.shape[d] for d in dims)
+
+
+def _library_flops(one: Instruction, computation: Computation) -> float:
+  """Of a call of cuBLAS, (product, workspace): as `dot`, in other words."""
+  (left,) = computation[one.operands[0]].arrays
+  found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', one.text)[1]
+  dims = _numbers(found.replace('"', ""))
+  result = one.arrays[0]
   return 2.0 * math.prod(result.shape) * math.prod(left.shape[d] for d in dims)
 
 

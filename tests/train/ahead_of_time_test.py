@@ -211,7 +211,7 @@ def test_a_small_step_compiles_for_a_tpu(monkeypatch):
 
 @pytest.mark.tpu_aot
 @tpu
-@pytest.mark.parametrize("topology", ["v5e:3x3", "v4:2x2", "v6e:7"])
+@pytest.mark.parametrize("topology", ["v5e:3x3", "v4:5x2x2", "v6e:7"])
 def test_a_shape_that_the_tpus_do_not_have_is_an_error(topology):
   with pytest.raises(errors.UserError, match=f"--topology={topology}: "):
     ahead_of_time.find_devices(topology)

@@ -101,6 +101,23 @@ def test_products_of_this_machine_s_compiler_are_counted_too():
   assert program.read(text, {"data": 1}).flops == 4 * 2 * 5 * 7 * 7
 
 
+def test_calls_of_a_gpu_s_library_count():
+  # Of a compiled step, jax 0.10.2 for H200.
+  text = """HloModule x
+
+ENTRY %main (a: f32[80,128], b: f32[128,384]) -> f32[80,384] {
+  %a = f32[80,128]{1,0} parameter(0)
+  %b = f32[128,384]{1,0} parameter(1)
+  %call = (f32[80,384]{1,0}, s8[4194304]{0}) custom-call(%a, %b), \
+custom_call_target="__cublas$lt$matmul", backend_config={\
+"gemm_backend_config":{"dot_dimension_numbers":{\
+"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %out = f32[80,384]{1,0} get-tuple-element(%call), index=0
+}
+"""
+  assert program.read(text, {"data": 1}).flops == 2 * 80 * 128 * 384
+
+
 def test_convolutions_count_without_what_padding_adds():
   x_BYXC, w = jnp.ones((2, 6, 6, 3)), jnp.ones((3, 3, 3, 5))
   valid = (3 * 6 - 2) ** 2  # window places inside of the image, both ways
