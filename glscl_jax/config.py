@@ -635,6 +635,7 @@ class TrainConfig:
     _check_not_negative(
       self, "seed", "eval_every", "keep_best", "profile_steps"
     )
+    _check(self.seed < 2**31, "seed", "must be less than 2^31")
     _check(
       not any(_names_test(name) for name in self.eval_splits),
       "eval_splits",

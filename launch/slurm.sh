@@ -35,7 +35,9 @@ job() {
     "signal=TERM@$grace" requeue open-mode=append "output=$name-%j.txt"
   printf 'cd %s || exit\n' "$(quote "$PWD")"
   # A process that was lost must not take the others before these said why.
-  printf 'srun --kill-on-bad-exit=0 \\\n  %s\n' "$(train_command cuda)"
+  # srun takes no --cpus-per-task from the job.
+  printf 'srun --kill-on-bad-exit=0%s \\\n  %s\n' \
+    "${cpus:+ --cpus-per-task=$cpus}" "$(train_command cuda)"
   cat <<'END'
 code=$?
 # 143: stopped by SIGTERM and saved. 75: another process fell silent.

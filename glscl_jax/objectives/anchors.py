@@ -59,7 +59,7 @@ def word_region_contrast(
   log_p_BM = jax.nn.log_softmax(logits_BM, axis=-1)
   cell_BA = pos_BA * num_regions + region_BA
   log_p_BA = jnp.take_along_axis(log_p_BM, cell_BA, axis=1)
-  ok_BA = find_pairs(cosine_BTR, pos_BA, region_BA, ok_BA)
+  ok_BA = _find_pairs(cosine_BTR, pos_BA, region_BA, ok_BA)
   count_B = jnp.sum(ok_BA, axis=1, dtype=jnp.float32)
   total_B = -jnp.sum(jnp.where(ok_BA, log_p_BA, 0.0), axis=1)
   losses_B = total_B / jnp.maximum(count_B, 1.0)
@@ -74,7 +74,7 @@ def accuracy(
   ok_BA: jax.Array,
 ) -> jax.Array:
   """Share of the pairs whose token's most similar region matches it."""
-  ok_BA = find_pairs(cosine_BTR, pos_BA, region_BA, ok_BA)
+  ok_BA = _find_pairs(cosine_BTR, pos_BA, region_BA, ok_BA)
   best_BT = jnp.argmax(cosine_BTR, axis=2)
   best_BA = jnp.take_along_axis(best_BT, pos_BA, axis=1)
   # A word that names several regions may choose any of them.
@@ -88,7 +88,7 @@ def accuracy(
   return jnp.sum(hits_BA, dtype=jnp.float32) / jnp.maximum(count, 1.0)
 
 
-def find_pairs(
+def _find_pairs(
   cosine_BTR: jax.Array,
   pos_BA: jax.Array,
   region_BA: jax.Array,

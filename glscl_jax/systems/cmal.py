@@ -410,12 +410,23 @@ def _cosines(context: Context) -> jax.Array:
   )
 
 
+def _pairs_there(batch: Batch) -> jax.Array:
+  """(B, A) bool: the pairs of WRC without padding."""
+  take = functools.partial(jnp.take_along_axis, axis=1)
+  return (
+    batch.pair_ok_BA
+    & take(batch.text_valid_BT, batch.pair_pos_BA)
+    & take(batch.region_valid_BR, batch.pair_region_BA)
+  )
+
+
 def _wrc(context: Context) -> terms.Term:
   """WRC: in each sample a softmax over all tokens and regions, tau learned."""
   batch, cosine_BTR = context.batch, _cosines(context)
   pairs = batch.pair_pos_BA, batch.pair_region_BA, batch.pair_ok_BA
   temperature = context.model.temperature()
-  there_BA = anchors.find_pairs(cosine_BTR, *pairs)
+  # From validity alone: counting costs no pass (`train/accumulate.py`).
+  there_BA = _pairs_there(batch)
   loss = anchors.word_region_contrast(cosine_BTR, temperature, *pairs)
   return terms.Term(
     (terms.Mean(loss, terms.count(jnp.any(there_BA, axis=1))),),
@@ -482,11 +493,6 @@ def _parts(
   """Some of the objectives."""
   context = run_passes(model, batch, config, key, tasks)
   found = {name: LOCAL[name](context) for name in tasks}
-  if batch.anchor_ok_BA is not None:
-    number_B = jnp.sum(batch.anchor_ok_BA, axis=1, dtype=jnp.float32)
-    mean = terms.Mean(jnp.mean(number_B), float(len(number_B)))
-    for term in found.values():
-      term.metrics["anchors_per_sample"] = mean
   return terms.Parts(local=found, features={})
 
 
@@ -536,14 +542,20 @@ def parts(
     )
 
   active = config.objectives.active
-  if not _is_drawn(config):
-    return compute(params, batch, tasks=active)
-  return _one_of(
-    [functools.partial(compute, tasks=(name,)) for name in active],
-    draw_task(config, task_key),
-    params,
-    batch,
-  )
+  if _is_drawn(config):
+    found = _one_of(
+      [functools.partial(compute, tasks=(name,)) for name in active],
+      draw_task(config, task_key),
+      params,
+      batch,
+    )
+  else:
+    found = compute(params, batch, tasks=active)
+  if batch.anchor_ok_BA is None:
+    return found
+  number_B = jnp.sum(batch.anchor_ok_BA, axis=1, dtype=jnp.float32)
+  mean = terms.Mean(jnp.mean(number_B), float(len(number_B)))
+  return dataclasses.replace(found, extra={"anchors_per_sample": mean})
 
 
 def draw_task(config: Config, key: jax.Array) -> jax.Array:

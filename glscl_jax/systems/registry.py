@@ -38,11 +38,11 @@ class System:
 
   # Training.
   init: Callable[[Config, jax.Array], Params]
-  loss: Callable[..., LossOutput]  # (params, batch, config=, key=, step=), of
-  # what follows
-  parts: Callable[..., terms.Parts]  # as `loss`
-  contrast: Callable[..., dict[str, terms.Term]] = terms.no_contrast  # (params,
-  # features, batch)
+  # What a batch, or a micro-batch, says before its samples meet all others:
+  # (params, batch, config=, key=, step=).
+  parts: Callable[..., terms.Parts]
+  # And what the features of all say: (params, features, batch, config=).
+  contrast: Callable[..., dict[str, terms.Term]] = terms.no_contrast
   weights: Callable[..., dict[str, Any]] = terms.weights  # (config, key)
   forward: Callable[[Config], Forward]  # FLOPs
   # Retrieval.
@@ -79,11 +79,15 @@ class System:
   word_logits: Callable[..., jax.Array] | None = None
   word_objective: str = ""
 
+  @property
+  def loss(self) -> Callable[..., LossOutput]:
+    """The loss of a whole batch, (params, batch, config=, key=, step=)."""
+    return terms.make_loss(self.parts, self.contrast, self.weights)
+
 
 SYSTEMS = {
   "glscl": System(
     init=glscl.init,
-    loss=glscl.loss,
     parts=glscl.parts,
     contrast=glscl.contrast,
     forward=glscl_flops.forward,
@@ -101,7 +105,6 @@ SYSTEMS = {
   ),
   "maskvlm": System(
     init=maskvlm.init,
-    loss=maskvlm.loss,
     parts=maskvlm.parts,
     contrast=maskvlm.contrast,
     forward=maskvlm_flops.forward,
@@ -129,7 +132,6 @@ SYSTEMS = {
   ),
   "sycoca": System(
     init=sycoca.init,
-    loss=sycoca.loss,
     parts=sycoca.parts,
     contrast=sycoca.contrast,
     forward=sycoca_flops.forward,
@@ -150,7 +152,6 @@ SYSTEMS = {
   ),
   "cmal": System(
     init=cmal.init,
-    loss=cmal.loss,
     parts=cmal.parts,
     weights=cmal.weights,
     forward=cmal_flops.forward,

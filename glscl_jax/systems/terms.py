@@ -47,6 +47,8 @@ class Parts:
 
   local: dict[str, Term]  # by objective
   features: dict[str, Any]  # by objective; arrays with a leading batch axis
+  extra: dict[str, Mean] = dataclasses.field(default_factory=dict)  # to log,
+  # of no objective
 
 
 def whole(value: jax.Array) -> Mean:
@@ -118,7 +120,9 @@ def weights(config: Config, key: jax.Array) -> dict[str, float]:
 
 
 def weighted_sum(
-  terms: Mapping[str, Term], weights: Mapping[str, jax.Array | float]
+  terms: Mapping[str, Term],
+  weights: Mapping[str, jax.Array | float],
+  extra: Mapping[str, Mean],
 ) -> LossOutput:
   """The loss of a step: each objective by its weight.
 
@@ -128,9 +132,13 @@ def weighted_sum(
   for name, weight in weights.items():
     value = terms[name].value
     total += jnp.where(weight > 0, weight * value, 0.0)
-    extra = {name: mean.value for name, mean in terms[name].metrics.items()}
-    metrics |= {name: value, **extra}
+    metrics |= {name: value, **_values(terms[name].metrics)}
+  metrics |= _values(extra)
   return LossOutput(loss=total, metrics={"loss": total, **metrics})
+
+
+def _values(means: Mapping[str, Mean]) -> dict[str, jax.Array]:
+  return {name: mean.value for name, mean in means.items()}
 
 
 def no_contrast(
@@ -177,6 +185,6 @@ def make_loss(
     """
     found = parts(params, batch, config=config, key=key, step=step)
     wide = contrast(params, found.features, batch, config=config)
-    return weighted_sum(found.local | wide, weights(config, key))
+    return weighted_sum(found.local | wide, weights(config, key), found.extra)
 
   return loss

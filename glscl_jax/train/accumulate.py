@@ -30,7 +30,7 @@ from glscl_jax.systems import registry, terms
 from glscl_jax.types import BATCH_AXES, Batch, Params
 
 Tree = Any  # of arrays whose leading axis counts samples
-# Groups that meet inside a micro-batch: their pairs are encoded together.
+# Groups that meet inside a micro-batch.
 LOCAL_GROUPS = ("neg_group", "amc_pair_group")
 
 
@@ -81,7 +81,9 @@ def _two_passes(
 
   def look(_, piece):
     found = parts(params, *piece)
-    counts = _map_means(lambda mean: jnp.float32(mean.count), found.local)
+    counts = _map_means(
+      lambda mean: jnp.float32(mean.count), (found.local, found.extra)
+    )
     return None, (counts, found.features)
 
   _, (counts_K, features_K) = jax.lax.scan(look, None, (index_K, batch_K))
@@ -102,24 +104,24 @@ def _two_passes(
     def give(params: Params):
       found = parts(params, index, rows)
       # What this piece adds to the mean over all.
-      local = _map_means(
+      own = _map_means(
         lambda mean, count: terms.Mean(
           mean.value * mean.count / jnp.maximum(count, 1.0), 1.0
         ),
-        found.local,
+        (found.local, found.extra),
         counts,
       )
-      return (_total(local, weights), found.features), local
+      return (_total(own[0], weights), found.features), own
 
-    _, pull_back, local = jax.vjp(give, params, has_aux=True)
+    _, pull_back, own = jax.vjp(give, params, has_aux=True)
     (d_params,) = pull_back((jnp.ones(()), d_rows))
-    return jax.tree.map(jnp.add, gradient, d_params), local
+    return jax.tree.map(jnp.add, gradient, d_params), own
 
-  gradient, local_K = jax.lax.scan(
+  gradient, own_K = jax.lax.scan(
     pull, gradient, (index_K, batch_K, cut(d_features, number, num_parts))
   )
-  local = jax.tree.map(lambda share_K: jnp.sum(share_K, axis=0), local_K)
-  return gradient, terms.weighted_sum(local | wide, weights).metrics
+  local, extra = jax.tree.map(lambda own_K: jnp.sum(own_K, axis=0), own_K)
+  return gradient, terms.weighted_sum(local | wide, weights, extra).metrics
 
 
 def _map_means(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -129,8 +131,12 @@ def _map_means(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
   )
 
 
-def _total(found: dict[str, terms.Term], weights) -> jax.Array:
-  return terms.weighted_sum(found, {name: weights[name] for name in found}).loss
+def _total(
+  found: Mapping[str, terms.Term], weights: Mapping[str, Any]
+) -> jax.Array:
+  """What some of the objectives give to the loss."""
+  theirs = {name: weights[name] for name in found}
+  return terms.weighted_sum(found, theirs, {}).loss
 
 
 def cut(tree: Tree, number: int, num_parts: int) -> Tree:
@@ -201,7 +207,7 @@ def find_parts(config: config_lib.Config, mesh_shape: Mapping[str, int]) -> int:
       continue
     if all(piece % group == 0 for group in groups.values()):
       return num_parts
-  name = max(groups, key=groups.__getitem__)
+  name = next(n for n, group in groups.items() if batch_size // number % group)
   raise config_lib.ConfigError(
     f"config.train.accumulate: {number} micro-batches of "
     f"{batch_size // number} samples do not hold whole groups of "

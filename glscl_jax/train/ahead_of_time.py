@@ -138,7 +138,9 @@ def _find_tpus(kind: str, shape: str, option: str) -> list[jax.Device]:
 
 
 def _find_gpus(kind: str, shape: str, option: str) -> list[jax.Device]:
-  if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+  # Without any plugin there is no folder of them either.
+  plugins = importlib.util.find_spec("jax_plugins")
+  if not plugins or not importlib.util.find_spec("jax_plugins.xla_cuda13"):
     raise errors.UserError(
       f"{option}: compiling for a GPU needs the packages jax-cuda13-plugin and "
       "jax-cuda13-pjrt, though no GPU: pip install --no-deps "
@@ -235,12 +237,14 @@ def find_split_groups(
   Then XLA moves samples so that groups lie evenly.
   """
   num_devices = mesh.shape["data"] * mesh.shape["fsdp"]
-  held = config.data.batch_size // num_devices
+  batch_size = config.data.batch_size // config.train.accumulate
+  held = batch_size // num_devices
   found = []
   for name, objective in config_lib.GROUPS.items():
     group = getattr(config.objectives, name)
     active = getattr(config.objectives, objective) > 0
-    if active and group is not None and group % held and held % group:
+    group = min(group or batch_size, batch_size)
+    if active and group % held and held % group:
       found.append(
         f"objectives.{name} {group} neither divides the {held} samples of a "
         "device nor is a multiple: groups are taken apart on the way"

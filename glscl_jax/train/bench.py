@@ -7,6 +7,7 @@ The step is the run's own, on a real batch: `launch/bench.py` measures what
 from __future__ import annotations
 
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import importlib.util
 import itertools
@@ -196,10 +197,16 @@ def check_torch(config: config_lib.Config) -> None:
     raise errors.UserError(
       "--against=torch: PyTorch is not installed; pip install torch"
     )
-  if config.system != "glscl" or config.model.vision.stem:
+  model = config.model
+  if (
+    config.system != "glscl"
+    or model.vision.stem
+    or model.joint_projection != "mlp"
+    or {model.vision.class_state, model.text.class_state} != {"token"}
+  ):
     raise config_lib.ConfigError(
       "--against=torch: PyTorch's step is that of system=glscl without "
-      "model.vision.stem"
+      "model.vision.stem, with class tokens and model.joint_projection=mlp"
     )
 
 
@@ -219,14 +226,21 @@ def _time_torch(
   for precision in torch_baseline.PRECISIONS:
     say(f"timing {num_steps} steps of PyTorch in {precision}")
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-      timing = pool.submit(
+      asked = pool.submit(
         torch_baseline.time_steps,
         config,
         dict(local),
         precision=precision,
         num_steps=num_steps,
-        num_warm=1,
-      ).result()
+        num_warm=WARM_UP,
+      )
+      try:
+        timing = asked.result()
+      except concurrent.futures.process.BrokenProcessPool as error:
+        raise errors.UserError(
+          "--against=torch: PyTorch's process was ended, most likely for want "
+          "of memory; lower --config.data.batch_size"
+        ) from error
     seconds = _spread(timing.seconds)
     found[precision] = Baseline(
       step_seconds=seconds,

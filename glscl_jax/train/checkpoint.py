@@ -49,6 +49,7 @@ FREE_KEYS = (
   "mesh.fsdp",
   "mesh.tensor",
   "optimizer.max_skips",
+  "train.accumulate",
   "train.eval_every",
   "train.init_from",
   "train.keep_best",

@@ -153,7 +153,8 @@ def find_excess(
     if needed > here:
       found.append(
         f"this needs about {needed / MIB:,.0f} MiB, the machine has "
-        f"{here / MIB:,.0f}: lower data.batch_size, or take a smaller recipe"
+        f"{here / MIB:,.0f}: raise train.accumulate, lower data.batch_size, "
+        "or take a smaller recipe"
       )
   num_pairs = inputs.iterator.num_pairs
   if config.data.batch_size > num_pairs:
@@ -197,7 +198,14 @@ def _residual_bytes(
 
     return jax.vjp(loss, params)[1]
 
-  saved = jax.tree.leaves(jax.eval_shape(pull_back, abstract.params, batch))
+  # One micro-batch is held at a time.
+  rows = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      (x.shape[0] // config.train.accumulate, *x.shape[1:]), x.dtype
+    ),
+    batch,
+  )
+  saved = jax.tree.leaves(jax.eval_shape(pull_back, abstract.params, rows))
   known = [(x.shape, x.dtype) for x in jax.tree.leaves(abstract.params)]
   total = 0
   for leaf in saved:

@@ -2,7 +2,8 @@
 
 Every objective encodes and fuses what it reads by itself: 6 image and 6 text
 encodings, 5 fusion passes, the vocabulary on every position. Parameters, batch
-and objectives are those of the recipe; attention is PyTorch's own fused one.
+and objectives are those of the recipe, but that other pictures of one thing are
+negatives here. Attention is PyTorch's `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -172,8 +173,14 @@ class Model(nn.Module):
     return text, image
 
 
-def contrast(query, key, temperature):
-  """Symmetric InfoNCE of matching rows, the sum of both directions."""
+def contrast(query, key, temperature, group=None):
+  """Symmetric InfoNCE of matching rows, the sum of both directions.
+
+  `group`: consecutive rows that meet; losses of groups are averaged.
+  """
+  if group is not None and group < len(query):
+    both = zip(query.split(group), key.split(group), strict=True)
+    return torch.stack([contrast(q, k, temperature) for q, k in both]).mean()
   logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / temperature
   target = torch.arange(len(logits))
   return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
@@ -240,17 +247,35 @@ def losses(
     if "mgsc_image" in active:
       found["mgsc_image"] = contrast(dropped[:, 0], full[:, 0].detach(), tau)
     if "mgsc_text" in active:
-      found["mgsc_text"] = contrast(text_40[:, 0], text[:, 0].detach(), tau)
-    if "mltc_text" in active:
-      index, ok = batch["scl_pos_BJ"], batch["scl_ok_BJ"].flatten()
-      found["mltc_text"] = contrast(
-        rows(text_40, index)[ok], rows(text, index)[ok].detach(), tau
+      found["mgsc_text"] = contrast(
+        text_40[:, 0], text[:, 0].detach(), tau, weights.text_mgsc_group
       )
+    if "mltc_text" in active:
+      pieces = zip(
+        *(
+          x.split(weights.mltc_text_group)
+          for x in (text_40, text, batch["scl_pos_BJ"], batch["scl_ok_BJ"])
+        ),
+        strict=True,
+      )
+      found["mltc_text"] = torch.stack(
+        [
+          contrast(
+            rows(masked, index)[ok.flatten()],
+            rows(whole, index)[ok.flatten()].detach(),
+            tau,
+          )
+          for masked, whole, index, ok in pieces
+        ]
+      ).mean()
     if "mltc_image" in active:
       index = batch["tok_idx_BI"]
       _, token = fuse(ids, image, hide_BI=index)
       found["mltc_image"] = contrast(
-        rows(token, index + 1), rows(full, index + 1).detach(), tau
+        rows(token, index + 1),
+        rows(full, index + 1).detach(),
+        tau,
+        weights.mltc_image_group * index.shape[1],
       )
   return found
 
