@@ -201,13 +201,17 @@ def dot_plot(
     panels: title -> values of each row, as shares; none where not measured.
     chance: title -> share, a dashed line.
   """
+  across = min(4, len(panels))
+  down = -(-len(panels) // across)
   with matplotlib.rc_context(_STYLE):
     chart = figure.Figure(
-      figsize=(3.2 + 2.6 * len(panels), 1.2 + 0.34 * len(rows)),
+      figsize=(3.2 + 2.6 * across, down * (1.2 + 0.34 * len(rows))),
       layout="constrained",
     )
-    axes = chart.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for panel, (title, values) in zip(axes, panels.items(), strict=True):
+    axes = chart.subplots(down, across, sharey=True, squeeze=False).ravel()
+    for panel in axes[len(panels) :]:
+      panel.remove()
+    for panel, (title, values) in zip(axes, panels.items(), strict=False):
       for y, found in enumerate(values):
         if not found:
           continue
@@ -219,7 +223,7 @@ def dot_plot(
       panel.set_yticks(range(len(rows)), rows)
       panel.set_ylim(len(rows) - 0.5, -0.5)
       panel.set_xlim(left=0)
-      panel.xaxis.set_major_formatter(ticker.PercentFormatter(1, decimals=0))
+      panel.xaxis.set_major_formatter(ticker.PercentFormatter(1))
       panel.xaxis.set_major_locator(ticker.MaxNLocator(4))
     return _svg(chart)
 
