@@ -631,11 +631,12 @@ def make_train_iterator(
   """
   data = config.data
   check_batch(config, {}, process_count)
-  tokenizer_lib.check_vocab(config, tokenizer)
   if source is None:
     check_named(config)
     source = sources.open_source(data.dir, data.train_split)
+  # First: data of another kind have another vocabulary too.
   check_schema(config, source)
+  tokenizer_lib.check_vocab(config, tokenizer)
   pairs = make_pairs(source)
   if not len(pairs):
     raise config_lib.ConfigError(f"{source.name}: no records to train on")

@@ -25,7 +25,7 @@ def why_none(data: results.DataSet, predictions: Mapping[str, Any]) -> str:
   """Why there are no examples."""
   there = ", ".join(sorted(predictions["results"]))
   if not there:
-    return "nothing was evaluated yet: run launch/evaluate.py."
+    return "retrieval was not measured: run launch/evaluate.py."
   return f"no held-out split of {data.name} was evaluated, but {there}."
 
 
@@ -46,7 +46,7 @@ def recalls(
 ) -> str:
   """Tables and charts of all data sets that were evaluated."""
   if not found:
-    return page.absent("Retrieval", "launch/evaluate.py was not run on this.")
+    return page.absent("Retrieval", "launch/evaluate.py has measured no retrieval of this.")
   blocks = []
   for name, splits in sorted(found.items()):
     ordered = {split: splits[split] for split in selection.in_order(splits)}
