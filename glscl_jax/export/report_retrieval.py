@@ -46,7 +46,7 @@ def recalls(
 ) -> str:
   """Tables and charts of all data sets that were evaluated."""
   if not found:
-    return page.absent("Retrieval", "launch/evaluate.py has measured no retrieval of this.")
+    return page.absent("Retrieval", "launch/evaluate.py measured no retrieval.")
   blocks = []
   for name, splits in sorted(found.items()):
     ordered = {split: splits[split] for split in selection.in_order(splits)}

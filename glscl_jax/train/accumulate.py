@@ -194,8 +194,8 @@ def find_parts(config: config_lib.Config, mesh_shape: Mapping[str, int]) -> int:
   if batch_size % (number * num_devices):
     raise config_lib.ConfigError(
       f"config.train.accumulate: {number} micro-batches on {num_devices} "
-      f"devices do not divide data.batch_size {batch_size}; set it to a divisor "
-      f"of {batch_size // num_devices}"
+      f"devices do not divide data.batch_size {batch_size}; set it to "
+      f"a divisor of {batch_size // num_devices}"
     )
   groups = {
     name: min(getattr(config.objectives, name), batch_size)

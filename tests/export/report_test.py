@@ -201,7 +201,7 @@ def test_what_was_not_measured_is_said_and_not_invented(work, tmp_path):
   found = run(report_launcher, f"--workdir={bare}", "--num_examples=1")
   assert found.code == 0, found.err
   page = (bare / "report.html").read_text()
-  assert "Not shown: launch/evaluate.py has measured no retrieval of this." in page
+  assert "Not shown: launch/evaluate.py measured no retrieval." in page
   assert "Not shown: There is no metrics.jsonl." in page
 
 
