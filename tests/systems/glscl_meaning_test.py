@@ -141,7 +141,8 @@ def test_completion_targets_are_constants(normal, monkeypatch):
     return glscl.loss(params, batch, config=CONFIG, key=key).loss
 
   constants = jax.jit(jax.grad(scalar))(PARAMS, BATCH, KEY)
-  assert random_pairs.difference(constants, normal[0]) < 1e-6
+  # Two programs round differently; targets that learn move it by hundredths.
+  assert random_pairs.difference(constants, normal[0]) < 5e-5
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)

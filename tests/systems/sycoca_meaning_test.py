@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from glscl_jax import config as config_lib
-from glscl_jax import sharding
+from glscl_jax import draws, sharding
 from glscl_jax.models import vision
 from glscl_jax.models.sycoca import SyCoCa
 from glscl_jax.objectives import attentive
@@ -268,7 +268,7 @@ def test_captions_without_a_word_split_at_random():
   read = read_function(CONFIG, sycoca.caption_logits, fixed=False)
   batch = random_pairs.batch(CONFIG, num_real=(0,) * SIZE)
   _, split = read(PARAMS, batch)
-  noise_BI = jax.random.uniform(KEY, (SIZE, 16))
+  noise_BI = draws.uniform(KEY, (SIZE, 16))
   expected = attentive.split(noise_BI, num_high=8, num_low=8)
   np.testing.assert_array_equal(split.high_BJ, expected.high_BJ)
 
@@ -284,7 +284,7 @@ def test_before_the_warm_up_ends_the_split_is_random():
 
     return SyCoCa(config.model).apply({"params": params}, method=method)
 
-  noise_BI = jax.random.uniform(KEY, (SIZE, 16))
+  noise_BI = draws.uniform(KEY, (SIZE, 16))
   early = attentive.split(noise_BI, num_high=8, num_low=8)
   read = read_function(CONFIG, sycoca.caption_logits, fixed=False)
   _, late = read(PARAMS, BATCH)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.special
 
+from glscl_jax import draws
 from tests import random_pairs
 
 BATCH = 4
@@ -133,7 +134,7 @@ def cross_entropy(logits, label):
 
 
 def random_orders(size):
-  noise = np.asarray(jax.random.uniform(KEY, (size, 16)))
+  noise = np.asarray(draws.uniform(KEY, (size, 16)))
   return [np.argsort(-row, kind="stable") for row in noise]
 
 

@@ -92,7 +92,7 @@ def assert_equal(found, expected):
     assert value == expected, name
   rights = jax.tree.leaves(gradient_0)
   # Biases of keys have no gradient but rounding.
-  floor = 1e-3 * max(np.max(np.abs(right)) for right in rights)
+  floor = 1e-2 * max(np.max(np.abs(right)) for right in rights)
   for found, right in zip(jax.tree.leaves(gradient), rights, strict=True):
     scale = max(np.max(np.abs(right)), floor)
     np.testing.assert_allclose(found, right, rtol=0, atol=1e-5 * scale)
