@@ -343,13 +343,19 @@ def test_a_signal_to_the_local_launcher_ends_all_processes(clone, number):
   write_program(clone / ".venv" / "bin" / "python", WAITING)
   folder = clone.parent / "notes"
   folder.mkdir()
+  # A shell cannot trap what was ignored when it began, as SIGINT is in jobs
+  # that run in the background.
+  listening = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+  )
   launcher = subprocess.Popen(
-    command(clone, "local_multiprocess", "2", "--", *TRAIN),
+    [
+      *[sys.executable, "-c", listening],
+      *command(clone, "local_multiprocess", "2", "--", *TRAIN),
+    ],
     env=environment(clone),
     stdout=subprocess.DEVNULL,
-    # A shell cannot trap what was ignored when it began, as SIGINT is in jobs
-    # that run in the background.
-    preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
   )
   try:
     while len(list(folder.iterdir())) < 2:
