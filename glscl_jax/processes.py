@@ -56,9 +56,7 @@ class Cluster:
   address: str  # HOST:PORT at which process 0 is found
   num_processes: int
   process_id: int
-  local_device: int | None = (
-    None  # the only one to use; None: all that are here
-  )
+  local_device: int | None = None  # the only one to use; None: all
 
 
 def define_flags(values: flags.FlagValues) -> None:

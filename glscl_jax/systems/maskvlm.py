@@ -318,19 +318,6 @@ def _parts(
   )
 
 
-def _contrast(
-  model: MaskVLM,
-  found: Mapping[str, tuple[jax.Array, jax.Array]],
-  batch: Batch,
-  config: Config,
-) -> dict[str, terms.Term]:
-  """ITC: symmetric InfoNCE of v_0 and w_0 over the batch, tau learned."""
-  if "itc" not in found:
-    return {}
-  itc = terms.itc(*found["itc"], model.temperature(), batch, config.objectives)
-  return {"itc": itc}
-
-
 def parts(
   params: Params,
   batch: Batch,
@@ -362,14 +349,14 @@ def parts(
 
 def contrast(
   params: Params,
-  features: Mapping[str, tuple[jax.Array, jax.Array]],
+  features: Mapping[str, terms.Joint],
   batch: Batch,
   *,
   config: Config,
 ) -> dict[str, terms.Term]:
-  """ITC of a whole batch, from `Parts.features`."""
+  """ITC of a whole batch: symmetric InfoNCE of v_0 and w_0, tau learned."""
   return MaskVLM(config.model).apply(
-    {"params": params}, features, batch, config, method=_contrast
+    {"params": params}, features, batch, config, method=terms.joint_contrast
   )
 
 
@@ -380,7 +367,9 @@ def init(config: Config, key: jax.Array) -> Params:
   """Parameters of everything the active objectives read, float32."""
 
   def method(model: MaskVLM, batch: Batch) -> None:
-    _contrast(model, _parts(model, batch, config, key).features, batch, config)
+    terms.joint_contrast(
+      model, _parts(model, batch, config, key).features, batch, config
+    )
 
   return MaskVLM(config.model).init(
     {"params": key}, inputs.example_batch(config), method=method

@@ -266,19 +266,6 @@ def _parts(
   )
 
 
-def _contrast(
-  model: SyCoCa,
-  found: Mapping[str, tuple[jax.Array, jax.Array]],
-  batch: Batch,
-  config: Config,
-) -> dict[str, terms.Term]:
-  """ITC: symmetric InfoNCE of v and t over the batch, tau = exp(-theta)."""
-  if "itc" not in found:
-    return {}
-  itc = terms.itc(*found["itc"], model.temperature(), batch, config.objectives)
-  return {"itc": itc}
-
-
 def parts(
   params: Params,
   batch: Batch,
@@ -303,14 +290,14 @@ def parts(
 
 def contrast(
   params: Params,
-  features: Mapping[str, tuple[jax.Array, jax.Array]],
+  features: Mapping[str, terms.Joint],
   batch: Batch,
   *,
   config: Config,
 ) -> dict[str, terms.Term]:
-  """ITC of a whole batch, from `Parts.features`."""
+  """ITC of a whole batch: symmetric InfoNCE of v and t, tau = exp(-theta)."""
   return SyCoCa(config.model).apply(
-    {"params": params}, features, batch, config, method=_contrast
+    {"params": params}, features, batch, config, method=terms.joint_contrast
   )
 
 
@@ -322,7 +309,7 @@ def init(config: Config, key: jax.Array) -> Params:
 
   def method(model: SyCoCa, batch: Batch) -> None:
     found = _parts(model, batch, config, key, None)
-    _contrast(model, found.features, batch, config)
+    terms.joint_contrast(model, found.features, batch, config)
 
   return SyCoCa(config.model).init(
     {"params": key}, inputs.example_batch(config), method=method

@@ -112,6 +112,19 @@ def itc(
   )
 
 
+Joint = tuple[jax.Array, jax.Array]  # vectors of ITC: text, image
+
+
+def joint_contrast(
+  model: Any, features: Mapping[str, Joint], batch: Batch, config: Config
+) -> dict[str, Term]:
+  """Of a system that contrasts nothing but the vectors of ITC, if these."""
+  return {
+    name: itc(*joint, model.temperature(), batch, config.objectives)
+    for name, joint in features.items()
+  }
+
+
 def weights(config: Config, key: jax.Array) -> dict[str, float]:
   """Of the active objectives."""
   del key

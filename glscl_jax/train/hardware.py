@@ -19,16 +19,14 @@ class Chip:
 
   words: tuple[str, ...]  # that all occur in its `device_kind`
   flops: float  # a second
-  memory: float | None = None  # bytes; None, as below: nobody compiles for it
-  # ahead of time
+  # None: nobody compiles for it ahead of time.
+  memory: float | None = None  # bytes
   memory_rate: float | None = None  # bytes a second
   link_rate: float | None = None  # bytes a second of a link, one way
-  host_rate: float | None = None  # of a GPU, one way, between hosts; None: ICI
-  # reaches everywhere
-  wraps: int = (
-    1  # a dimension of the torus closes to a ring where its length is
-  )
-  # a multiple of this
+  # Of a GPU, one way, between hosts; None: ICI reaches everywhere.
+  host_rate: float | None = None
+  # A dimension of the torus closes to a ring where its length is a multiple.
+  wraps: int = 1
 
 
 # The first entry whose words all occur in `device_kind` counts.
@@ -42,14 +40,6 @@ CHIPS = (
     wraps=16,
   ),
   Chip(
-    words=("tpu", "v5p"),
-    flops=459e12,
-    memory=95 * 2**30,
-    memory_rate=2765e9,
-    link_rate=100e9,
-    wraps=4,
-  ),
-  Chip(
     words=("tpu", "v5 lite"),
     flops=197e12,
     memory=16 * 2**30,
@@ -58,7 +48,7 @@ CHIPS = (
     wraps=16,
   ),
   Chip(words=("tpu", "v5e"), flops=197e12),
-  # v5p reports itself as "TPU v5".
+  # v5p, which reports itself as "TPU v5".
   Chip(
     words=("tpu", "v5"),
     flops=459e12,

@@ -286,7 +286,6 @@ class Timing:
 
   seconds: tuple[float, ...]  # of each timed step
   loss: float  # of the last one
-  num_params: int
   peak_rss_mib: float
 
 
@@ -332,6 +331,5 @@ def time_steps(
   return Timing(
     seconds=tuple(seconds[num_warm:]),
     loss=total.item(),
-    num_params=sum(p.numel() for p in model.parameters()),
     peak_rss_mib=metrics.peak_rss_mib(),
   )

@@ -7,6 +7,7 @@ start alone.
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import pathlib
@@ -16,6 +17,7 @@ import time
 from launch import train as launcher
 
 DEADLINE = 300.0  # seconds, of one start; a loaded machine is slow
+TIMES = ("samples_per_second", "data_wait", "mfu")
 
 
 def run(argv: list[str], output: str) -> None:
@@ -81,3 +83,16 @@ class Starter:
     seen = len(log.read_text()) if log.is_file() else 0
     process.start()
     return Child(process, output, log, seen)
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict]:
+  """All that training itself wrote, without speeds and validation."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [
+    {
+      key: value
+      for key, value in json.loads(line).items()
+      if key not in TIMES and not key.startswith("eval/")
+    }
+    for line in lines
+  ]

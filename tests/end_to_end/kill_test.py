@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import random
 import textwrap
@@ -17,24 +16,10 @@ from tests.data import tiny_regions
 from tests.end_to_end import child
 
 NUM_KILLS = 10
-TIMES = ("samples_per_second", "data_wait", "mfu")
 
 
 def half_saved(workdir: pathlib.Path) -> list[str]:
   return [path.name for path in workdir.glob("checkpoints/*tmp*")]
-
-
-def read_metrics(workdir: pathlib.Path) -> list[dict]:
-  """All that training itself wrote, without speeds and validation."""
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return [
-    {
-      key: value
-      for key, value in json.loads(line).items()
-      if key not in TIMES and not key.startswith("eval/")
-    }
-    for line in lines
-  ]
 
 
 def test_killed_ten_times_a_run_ends_bit_equal_to_an_undisturbed_one(
@@ -125,7 +110,7 @@ def assert_equal(found_dir: pathlib.Path, expected_dir: pathlib.Path) -> None:
     np.testing.assert_array_equal(
       checkpoint.flatten(found.params)[name], array, err_msg=name
     )
-  assert read_metrics(found_dir) == read_metrics(expected_dir)
+  assert child.read_metrics(found_dir) == child.read_metrics(expected_dir)
 
 
 def test_a_kill_during_a_save_leaves_only_whole_checkpoints_visible(

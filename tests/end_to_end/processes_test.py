@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import multiprocessing
 import os
-import pathlib
 import signal
 import socket
 import time
@@ -15,7 +13,7 @@ import pytest
 
 from glscl_jax import roll_call
 from glscl_jax.train import checkpoint
-from tests.end_to_end import spin
+from tests.end_to_end import child, spin
 
 # Quickly compiled: every process of several does so for itself.
 SMALL = (
@@ -24,26 +22,12 @@ SMALL = (
   "--config.train.num_steps=12",
 )
 TIMEOUT = 120.0
-TIMES = ("samples_per_second", "data_wait", "mfu")
 
 
 def free_port() -> int:
   with socket.socket() as server:
     server.bind(("127.0.0.1", 0))
     return server.getsockname()[1]
-
-
-def read_metrics(workdir: pathlib.Path) -> list[dict]:
-  """What every step computed."""
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return [
-    {
-      key: value
-      for key, value in json.loads(line).items()
-      if key not in TIMES and not key.startswith("eval/")
-    }
-    for line in lines
-  ]
 
 
 def test_two_processes_train_as_one_and_stop_together_and_one_continues(
@@ -77,11 +61,11 @@ def test_two_processes_train_as_one_and_stop_together_and_one_continues(
   for number in (0, 1):
     log = (workdir / f"log-{number}.txt").read_text()
     assert f"data: {4 * step} rows" in log
-  assert len(read_metrics(workdir)) == step
+  assert len(child.read_metrics(workdir)) == step
 
   start(alone, *SMALL).finish()
   assert f"continuing after step {step}" in start(workdir, *SMALL).finish()
-  found, expected = read_metrics(workdir), read_metrics(alone)
+  found, expected = child.read_metrics(workdir), child.read_metrics(alone)
   assert len(found) == len(expected) == 12
   for line, other in zip(found, expected, strict=True):
     assert line == pytest.approx(other, rel=1e-4, abs=1e-5)

@@ -177,6 +177,10 @@ def test_a_job_of_slurm_has_one_process_a_node_and_comes_back(clone):
     assert f"#SBATCH --{option}\n" in job
   assert "account" not in job and "cpus-per-task" not in job
 
+  more = start(clone, "slurm", *options, "--cpus=12", "--dry_run", "--", *TRAIN)
+  assert "#SBATCH --cpus-per-task=12\n" in more.stdout
+  assert "srun --kill-on-bad-exit=0 --cpus-per-task=12 " in more.stdout
+
   # The job itself, around programs that do no work.
   programs = clone.parent / "programs"
   write_program(programs / "srun", NOTE + 'exit "$CODE"\n')

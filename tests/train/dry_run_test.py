@@ -13,6 +13,7 @@ import pytest
 
 from glscl_jax import config as config_lib
 from glscl_jax import errors
+from glscl_jax.data import pipeline
 from glscl_jax.train import checkpoint, dry_run, loop
 from glscl_jax.train import state as state_lib
 from tests import random_pairs, tiny
@@ -93,6 +94,23 @@ def test_a_dry_run_reads_the_checkpoint_and_touches_nothing(config, saved):
   assert contents(saved) == before
   (warning,) = (text for text in said if text.startswith("warning: "))
   assert "it does not divide a size of image_projection/fc2/kernel" in warning
+
+
+def test_micro_batches_leave_fewer_activations(config):
+  inputs = loop.open_inputs(config)
+  batch = pipeline.global_batch(next(inputs.iterator), inputs.mesh)
+  inputs.iterator.close()
+  abstract = state_lib.abstract_state(config, inputs.mesh)
+
+  def activations(number):
+    train = dataclasses.replace(config.train, accumulate=number)
+    changed = dataclasses.replace(config, train=train)
+    return dry_run.estimate_memory(changed, abstract, batch, inputs.mesh)
+
+  whole, half = activations(1), activations(2)
+  assert whole.keys() == half.keys()
+  smaller = [name for name in whole if half[name] < whole[name]]
+  assert len(smaller) == 1 and half[smaller[0]] < 0.6 * whole[smaller[0]]
 
 
 def test_a_dry_run_warns_of_what_the_machine_and_the_data_cannot_give(config):
