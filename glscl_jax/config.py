@@ -250,6 +250,9 @@ class ModelConfig:
   itc_temperature: float = 0.07  # initial value of the learned divisor, of ITC
   # and of WRC
   compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of products
+  fused_attention: bool = False  # one kernel where the platform has one that
+  # fits: cuDNN on GPU, splash on TPU; probabilities of attention are not
+  # dropped then, on any platform, other states are [choice]
   scan: bool = True  # one compiled body per stack of layers
   remat: Literal["none", "dots", "full"] = "full"  # what backward recomputes
 

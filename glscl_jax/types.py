@@ -16,12 +16,23 @@ M also counts the ids of a pair.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 
 Params = Any  # nested dict of arrays
 BATCH_AXES = ("data", "fsdp")  # of the mesh, over which the samples are spread
+
+
+def sample_axes() -> tuple[tuple[str, ...], int]:
+  """Axes of the mesh in jax's context that hold samples, and their devices.
+
+  No axes and one device without a mesh.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+  return axes, math.prod(mesh.shape[axis] for axis in axes)
 
 
 @jax.tree_util.register_dataclass

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from glscl_jax.config import HEAD_WIDTH
-from glscl_jax.models import layers, products
+from glscl_jax.models import fused_attention, layers, products
 
 MASKED = -1e30  # float32 logit of a key that is not there
 
@@ -71,12 +71,12 @@ def probabilities(
   *,
   dtype: str,
   causal: bool = False,
-  first: jax.Array | int = 0,
+  first: jax.Array | None = None,
 ) -> jax.Array:
   """softmax(q k^T / sqrt(K)) in float32; invalid keys get exactly zero.
 
   `causal`: so do the keys after the query's own place, which for the first
-  query is `first`.
+  query is `first`, 0 if None.
   """
   scale = q_BHLK.shape[-1] ** -0.5
   logits_BHLM = products.batched_dot(
@@ -86,7 +86,7 @@ def probabilities(
     logits_BHLM = jnp.where(valid_BM[:, None, None, :], logits_BHLM, MASKED)
   if causal:
     length, num_keys = logits_BHLM.shape[2:]
-    place_L1 = first + jnp.arange(length)[:, None]
+    place_L1 = (0 if first is None else first) + jnp.arange(length)[:, None]
     seen_LM = jnp.arange(num_keys)[None] <= place_L1
     logits_BHLM = jnp.where(seen_LM[None, None], logits_BHLM, MASKED)
   return jax.nn.softmax(logits_BHLM, axis=-1)
@@ -104,6 +104,8 @@ class Attention(nn.Module):
   qkv_init: layers.Initializer = nn.initializers.normal(0.02)
   out_init: layers.Initializer = nn.initializers.normal(0.02)
   causal: bool = False
+  fused: bool = False  # in one kernel, where the platform has one that fits;
+  # no probabilities are dropped then, on any platform
 
   @nn.compact
   def __call__(
@@ -112,7 +114,7 @@ class Attention(nn.Module):
     context: jax.Array | Keys,
     valid_BM: jax.Array | None = None,
     *,
-    first: jax.Array | int = 0,
+    first: jax.Array | None = None,
     return_probabilities: bool = False,
   ) -> jax.Array | Keys:
     def heads(name: str, inputs: jax.Array) -> jax.Array:
@@ -127,20 +129,22 @@ class Attention(nn.Module):
       keys = Keys(heads("key", context), heads("value", context))
     if x_BLD is None:
       return keys
-    p_BHLM = probabilities(
-      heads("query", x_BLD),
-      keys.k_BHMK,
-      valid_BM,
-      dtype=self.dtype,
-      causal=self.causal,
-      first=first,
-    )
-    if return_probabilities:
-      return p_BHLM
-    p_BHLM = layers.Dropout(self.dropout)(p_BHLM)
-    mixed_BHLK = products.batched_dot(
-      "BHLM,BHMK->BHLK", p_BHLM, keys.v_BHMK, dtype=self.dtype
-    )
+    q_BHLK = heads("query", x_BLD)
+    how = {"dtype": self.dtype, "causal": self.causal}
+    mixed_BHLK = None
+    if self.fused and first is None and not return_probabilities:
+      mixed_BHLK = fused_attention.attend(
+        q_BHLK, keys.k_BHMK, keys.v_BHMK, valid_BM, **how
+      )
+    if mixed_BHLK is None:
+      p_BHLM = probabilities(q_BHLK, keys.k_BHMK, valid_BM, first=first, **how)
+      if return_probabilities:
+        return p_BHLM
+      if not self.fused:
+        p_BHLM = layers.Dropout(self.dropout)(p_BHLM)
+      mixed_BHLK = products.batched_dot(
+        "BHLM,BHMK->BHLK", p_BHLM, keys.v_BHMK, dtype=self.dtype
+      )
     mixed_BLD = mixed_BHLK.transpose(0, 2, 1, 3).reshape(x_BLD.shape)
     return layers.Dense(
       x_BLD.shape[-1], self.dtype, kernel_init=self.out_init, name="out"

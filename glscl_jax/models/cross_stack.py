@@ -53,6 +53,7 @@ class CrossStack(nn.Module):
       fusion.norm_eps,
       fusion.dropout,
       self.config.init_std,
+      self.config.fused_attention,
     )
     if self.depth > 1:
       self.stack = transformer.Stack(

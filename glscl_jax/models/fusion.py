@@ -23,6 +23,7 @@ class CoAttention(nn.Module):
   eps: float
   dropout: float
   init_std: float
+  fused: bool = False  # attention
 
   def setup(self):
     settings = (
@@ -31,6 +32,7 @@ class CoAttention(nn.Module):
       self.eps,
       self.dropout,
       self.init_std,
+      self.fused,
     )
     self.text = transformer.PostCrossBlock(*settings)
     self.image = transformer.PostCrossBlock(*settings)
@@ -86,6 +88,7 @@ class Fusion(nn.Module):
       eps=fusion.norm_eps,
       dropout=fusion.dropout,
       init_std=self.config.init_std,
+      fused=self.config.fused_attention,
     )
     dense = functools.partial(
       layers.Dense, fusion.width, self.config.compute_dtype, kernel_init=normal

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from glscl_jax import draws
+from glscl_jax import draws, types
 from glscl_jax.models import products
-from glscl_jax.types import BATCH_AXES
 
 Initializer = Callable[..., jax.Array]
 
@@ -48,9 +46,7 @@ def keep_samples(states: Any) -> Any:
   Args:
     states: arrays (B, ...), or a tree of them.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
-  num_devices = math.prod(mesh.shape[axis] for axis in axes)
+  axes, num_devices = types.sample_axes()
   if num_devices == 1:
     return states
   return jax.tree.map(

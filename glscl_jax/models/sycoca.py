@@ -45,6 +45,7 @@ class SyCoCa(nn.Module):
         fusion.width,
         config.compute_dtype,
         fusion.norm_eps,
+        fused=config.fused_attention,
         **transformer.coca_initializers(fusion.width, depth),
         **options,
       )

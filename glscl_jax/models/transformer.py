@@ -54,6 +54,7 @@ class PreBlock(nn.Module):
   out_init: layers.Initializer | None = None  # of the last matrix of each
   # branch; None: as the others
   causal: bool = False
+  fused: bool = False  # attention
 
   @nn.compact
   def __call__(
@@ -73,6 +74,7 @@ class PreBlock(nn.Module):
       qkv_init=qkv_init,
       out_init=last_init,
       causal=self.causal,
+      fused=self.fused,
       name="attention",
     )
     if past is None:
@@ -104,6 +106,7 @@ class PostBlock(nn.Module):
   dropout: float
   init_std: float
   zero_residual: bool = False
+  fused: bool = False  # attention
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, valid_BL: jax.Array) -> jax.Array:
@@ -111,7 +114,12 @@ class PostBlock(nn.Module):
     last_init = nn.initializers.zeros if self.zero_residual else normal
     drop = layers.Dropout(self.dropout)
     h_BLD = attention.Attention(
-      self.dtype, self.dropout, normal, last_init, name="attention"
+      self.dtype,
+      self.dropout,
+      normal,
+      last_init,
+      fused=self.fused,
+      name="attention",
     )(x_BLD, x_BLD, valid_BL)
     x_BLD = layers.LayerNorm(self.eps, name="norm1")(x_BLD + drop(h_BLD))
     h_BLD = layers.Mlp(
@@ -136,12 +144,19 @@ class PostCrossBlock(nn.Module):
   eps: float
   dropout: float
   init_std: float
+  fused: bool = False  # attention
 
   def setup(self):
     normal = nn.initializers.normal(self.init_std)
-    settings = (self.dtype, self.dropout, normal, normal)
-    self.self_attention = attention.Attention(*settings)
-    self.cross_attention = attention.Attention(*settings)
+    attend = functools.partial(
+      attention.Attention,
+      self.dtype,
+      self.dropout,
+      normal,
+      normal,
+      fused=self.fused,
+    )
+    self.self_attention, self.cross_attention = attend(), attend()
     self.mlp = layers.Mlp(self.dtype, kernel_init=normal)
     self.norm1 = layers.LayerNorm(self.eps)
     self.norm2 = layers.LayerNorm(self.eps)
@@ -222,9 +237,14 @@ class CocaBlock(nn.Module):
   qkv_init: layers.Initializer
   kernel_init: layers.Initializer
   out_init: layers.Initializer
+  fused: bool = False  # attention
 
   def setup(self):
-    maps = {"qkv_init": self.qkv_init, "out_init": self.out_init}
+    maps = {
+      "qkv_init": self.qkv_init,
+      "out_init": self.out_init,
+      "fused": self.fused,
+    }
     self.self_attention = attention.Attention(self.dtype, causal=True, **maps)
     self.cross_attention = attention.Attention(self.dtype, **maps)
     self.mlp, self.cross_mlp = (
@@ -313,9 +333,14 @@ class PreCrossBlock(nn.Module):
   kernel_init: layers.Initializer
   out_init: layers.Initializer
   cross: bool = True
+  fused: bool = False  # attention
 
   def setup(self):
-    maps = {"qkv_init": self.qkv_init, "out_init": self.out_init}
+    maps = {
+      "qkv_init": self.qkv_init,
+      "out_init": self.out_init,
+      "fused": self.fused,
+    }
     self.self_attention = attention.Attention(self.dtype, **maps)
     self.mlp = layers.Mlp(
       self.dtype, kernel_init=self.kernel_init, out_init=self.out_init
@@ -432,6 +457,7 @@ def make_post_stack(config: ModelConfig, depth: int) -> Stack:
       dropout=fusion.dropout,
       init_std=config.init_std,
       zero_residual=config.zero_residual,
+      fused=config.fused_attention,
       parent=None,
     ),
     depth,

@@ -128,6 +128,7 @@ class VisionEncoder(nn.Module):
         eps=vision.norm_eps,
         activation=vision.activation,
         zero_residual=self.config.zero_residual,
+        fused=self.config.fused_attention,
         qkv_init=inits.qkv,
         kernel_init=inits.kernel,
         out_init=inits.out,

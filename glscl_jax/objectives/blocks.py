@@ -9,7 +9,6 @@ complete and at home. A device holds A / devices rows and one block.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from glscl_jax.types import BATCH_AXES
+from glscl_jax import types
 
 Tree = Any  # of arrays whose leading axis counts rows
 # (shared, queries, their state, keys, their state) -> both states
@@ -37,8 +36,8 @@ def sweep(
 ) -> tuple[Tree, Tree]:
   """Folds `tile` over every pair of a query and a key of one group.
 
-  Which axes of the mesh hold the rows: those of `BATCH_AXES` in the mesh of the
-  context (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`); none without one.
+  Which axes of the mesh hold the rows: `types.sample_axes` of the mesh in
+  jax's context (`jax.set_mesh`, `jax.sharding.use_abstract_mesh`).
 
   Args:
     tile: sees one block. Blocks come in no fixed order, and may have pairs of
@@ -58,9 +57,7 @@ def sweep(
     ValueError: the devices, or groups, do not divide the rows.
   """
   num_rows = jax.tree.leaves(queries)[0].shape[0]
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
-  num_devices = math.prod(mesh.shape[axis] for axis in axes)
+  axes, num_devices = types.sample_axes()
   if num_rows % num_devices:
     raise ValueError(
       f"{num_rows} rows do not divide over {num_devices} devices of {axes}"
@@ -81,7 +78,7 @@ def sweep(
   # Nobody differentiates through this, so what varies need not be tracked.
   return jax.shard_map(
     on_one_device,
-    mesh=mesh,
+    mesh=jax.sharding.get_abstract_mesh(),
     in_specs=(P(), rows, rows, rows, rows),
     out_specs=(rows, rows),
     check_vma=False,

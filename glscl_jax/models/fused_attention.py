@@ -1,0 +1,177 @@
+"""Attention in one kernel, whose probabilities never reach main memory.
+
+cuDNN's on GPU, Pallas splash on TPU. Both give softmax(q k^T / sqrt(K)) v of
+`attention.probabilities`, as close as products in `dtype` allow.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel as splash_kernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_mask as splash_mask,
+)
+from jax.sharding import PartitionSpec as P
+
+from glscl_jax import types
+from glscl_jax.models import products
+
+LANES = 128  # splash: lengths are multiples of it
+LARGEST_BLOCK = 1024  # splash: tokens that fit a TPU core's fast memory
+MOST_PADDING = 2.0  # splash: times the work that padding may make of it
+
+# (queries, keys, values, valid keys or None) -> mixed values
+Kernel = Callable[
+  [jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array
+]
+
+
+def attend(
+  q_BHLK: jax.Array,
+  k_BHMK: jax.Array,
+  v_BHMK: jax.Array,
+  valid_BM: jax.Array | None,
+  *,
+  dtype: str,
+  causal: bool = False,
+) -> jax.Array | None:
+  """Mixed values (B, H, L, K) in `dtype`, or None: no kernel fits.
+
+  None on CPU; with cuDNN in float32; with splash where lengths are far from
+  multiples of 128; where the devices of a mesh do not divide the samples.
+  Every sample has a valid key.
+  """
+  platform = products.platform()
+  kernel: Kernel
+  if platform == "tpu":
+    if _padding(q_BHLK.shape[2], k_BHMK.shape[2]) > MOST_PADDING:
+      return None
+    kernel = functools.partial(splash, causal=causal)
+  elif platform in ("gpu", "cuda") and dtype == "bfloat16":
+    kernel = functools.partial(cudnn, causal=causal)
+  else:
+    return None
+  operands = (x.astype(dtype) for x in (q_BHLK, k_BHMK, v_BHMK))
+  return on_each_device(kernel, *operands, valid_BM)
+
+
+def on_each_device(
+  kernel: Kernel,
+  q_BHLK: jax.Array,
+  k_BHMK: jax.Array,
+  v_BHMK: jax.Array,
+  valid_BM: jax.Array | None,
+) -> jax.Array | None:
+  """Runs `kernel` on each device's samples and heads: XLA cannot cut it.
+
+  The mesh is that of jax's context. None: it does not divide the samples.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes, num_devices = types.sample_axes()
+  batch, heads = q_BHLK.shape[:2]
+  if batch % num_devices:
+    return None
+  num_parts = mesh.shape.get("tensor", 1)
+  if num_devices * num_parts == 1:
+    return kernel(q_BHLK, k_BHMK, v_BHMK, valid_BM)
+  apart = P(axes, "tensor" if heads % num_parts == 0 else None)
+  return jax.shard_map(
+    kernel,
+    mesh=mesh,
+    in_specs=(apart, apart, apart, None if valid_BM is None else P(axes)),
+    out_specs=apart,
+    check_vma=False,  # a kernel does not say which axes its result varies over
+  )(q_BHLK, k_BHMK, v_BHMK, valid_BM)
+
+
+def cudnn(
+  q_BHLK: jax.Array,
+  k_BHMK: jax.Array,
+  v_BHMK: jax.Array,
+  valid_BM: jax.Array | None,
+  *,
+  causal: bool,
+) -> jax.Array:
+  """Flash attention of cuDNN, which takes masks of all queries and keys only."""
+  mask_B1LM = None
+  if valid_BM is not None:
+    batch, num_keys = valid_BM.shape
+    mask_B1LM = jnp.broadcast_to(
+      valid_BM[:, None, None], (batch, 1, q_BHLK.shape[2], num_keys)
+    )
+  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHLK, k_BHMK, v_BHMK))
+  mixed = jax.nn.dot_product_attention(
+    q, k, v, mask=mask_B1LM, is_causal=causal, implementation="cudnn"
+  )
+  return mixed.transpose(0, 2, 1, 3)
+
+
+def splash(
+  q_BHLK: jax.Array,
+  k_BHMK: jax.Array,
+  v_BHMK: jax.Array,
+  valid_BM: jax.Array | None,
+  *,
+  causal: bool,
+  interpret: bool = False,
+) -> jax.Array:
+  """Splash attention of one device; `interpret` runs it on any platform.
+
+  Lengths are filled up to whole blocks. Queries and valid keys are of segment
+  1, the rest of segment 0, which no query that is kept belongs to.
+  """
+  batch, heads, length, width = q_BHLK.shape
+  num_keys = k_BHMK.shape[2]
+  q_block, k_block = _block(length), _block(num_keys)
+  if valid_BM is None:
+    valid_BM = jnp.ones((batch, num_keys), bool)
+
+  def fill(x, block, axis):
+    ends = [(0, 0)] * x.ndim
+    ends[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, ends)
+
+  # Splash does not scale.
+  q = fill(q_BHLK * q_BHLK.dtype.type(width**-0.5), q_block, 2)
+  k, v = (fill(x, k_block, 2) for x in (k_BHMK, v_BHMK))
+  segments = splash_kernel.SegmentIds(
+    q=jnp.ones((batch, q.shape[2]), jnp.int32),
+    kv=fill(valid_BM.astype(jnp.int32), k_block, 1),
+  )
+  make_mask = splash_mask.CausalMask if causal else splash_mask.FullMask
+  size = q.shape[2], k.shape[2]
+  one_sample = splash_kernel.make_splash_mha_single_device(
+    splash_mask.MultiHeadMask([make_mask(size) for _ in range(heads)]),
+    block_sizes=splash_kernel.BlockSizes(
+      block_q=q_block,
+      block_kv=k_block,
+      block_q_dkv=q_block,
+      block_kv_dkv=k_block,
+      block_q_dq=q_block,
+      block_kv_dq=k_block,
+    ),
+    interpret=interpret,
+  )
+  return jax.vmap(one_sample)(q, k, v, segments)[:, :, :length]
+
+
+def _block(length: int) -> int:
+  """Tokens of a block: all of them, or equal parts that fit."""
+  lanes = math.ceil(length / LANES)
+  parts = math.ceil(lanes * LANES / LARGEST_BLOCK)
+  return math.ceil(lanes / parts) * LANES
+
+
+def _padding(length: int, num_keys: int) -> float:
+  """How many times as many pairs splash computes."""
+  filled = [
+    math.ceil(n / _block(n)) * _block(n) / n for n in (length, num_keys)
+  ]
+  return math.prod(filled)
