@@ -537,6 +537,10 @@ class DataConfig:
   train_split: str = "train"
   batch_size: int = 4096  # B, over all processes
   seed: int = 0
+  text_lengths: tuple[int, ...] = ()  # in tokens, rising, below
+  # model.text.max_length: a batch has pairs whose texts fit the same one of
+  # these and holds no more; each is a compiled step of its own. Empty: all
+  # batches hold max_length, any pairs [choice]
   num_workers: int = 0  # grain processes; 0: threads of this process
   num_threads: int = 2
   prefetch: int = 4  # batches
@@ -552,6 +556,11 @@ class DataConfig:
   def __post_init__(self):
     _check_positive(self, "batch_size", "num_threads", "prefetch")
     _check_not_negative(self, "num_workers", "seed")
+    _check(
+      list(self.text_lengths) == sorted(set(self.text_lengths)),
+      "text_lengths",
+      f"does not rise: {self.text_lengths}",
+    )
     _check(0 <= self.max_bad_share <= 1, "max_bad_share", "must be in [0, 1]")
     _check(min(self.std) > 0, "std", "must be positive")
 
@@ -675,6 +684,13 @@ class Config:
         f"objectives.{name}",
         f"{group} does not divide data.batch_size {batch}",
       )
+    longest = self.model.text.max_length
+    _check(
+      all(3 <= n < longest for n in self.data.text_lengths),
+      "data.text_lengths",
+      f"{self.data.text_lengths} are not all from 3 to below "
+      f"model.text.max_length {longest}",
+    )
     _check(
       self.data.train_split not in self.train.eval_splits,
       "train.eval_splits",

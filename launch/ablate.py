@@ -190,12 +190,9 @@ def _measures(
   orders = {"itc": "none", "itm": "full"}  # by cosines; by all its pairs
   reranks = [order for name, order in orders.items() if suite.has(row, name)]
   if reranks:
+    own = (f"--limit={limit}", "--pair_batch_size=1024")
     found.append(
-      (
-        f"--rerank={','.join(reranks)}",
-        f"--limit={limit}",
-        "--pair_batch_size=1024",
-      )
+      (f"--rerank={','.join(reranks)}", *(own if "full" in reranks else ()))
     )
   if any(suite.has(row, name) for name in ("amc", "wrc")):
     found.append(("--task=anchors",))
@@ -342,7 +339,7 @@ def _interrupt(number: int, frame: types.FrameType | None) -> None:
 def _run(values: flags.FlagValues) -> int:
   suite = ablations.SUITES[values.suite]
   rows = check_rows(suite, values.rows)
-  check_splits(suite, values.data)
+  check_data(suite, values.data)
   workdir = pathlib.Path(values.workdir).absolute()
   errors.check_writable(workdir, option=f"--workdir={values.workdir}")
   jobs = plan(
@@ -398,15 +395,14 @@ def check_rows(suite: ablations.Suite, asked: Sequence[str]) -> list[str]:
   return [name for name in suite.rows if not asked or name in asked]
 
 
-def check_splits(suite: ablations.Suite, data_dir: str) -> None:
-  """Raises DataError where the data lack what rows are measured on."""
-  there = sources.splits(data_dir)
-  for split in suite.splits:
-    if split not in there:
-      raise pairs.DataError(
-        f"--data={data_dir}: no split {split!r}, which rows are measured on; "
-        f"it has {sorted(there)}"
-      )
+def check_data(suite: ablations.Suite, data_dir: str) -> None:
+  """Raises DataError where the data lack what rows read or are measured on."""
+  if suite.system == "cmal" and sources.read_schema(data_dir) is None:
+    raise pairs.DataError(
+      f"--data={data_dir}: no regions, which CMAL reads; name scenes that "
+      "`python launch/prepare.py --source=scenes` made of it"
+    )
+  sources.check_splits(data_dir, suite.splits, option="--data")
 
 
 def _told(values: flags.FlagValues) -> list[str]:

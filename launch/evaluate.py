@@ -240,6 +240,8 @@ def _check_own(values: flags.FlagValues) -> None:
         raise flags.Error(
           f"--{name} is of --task={task}, but this is --task={values.task}"
         )
+  if values["limit"].present and "full" not in values.rerank:
+    raise flags.Error("--limit is of --rerank=full, which is not asked for")
   if values.decode == "greedy":
     for name in ("beam", "length_power"):
       if values[name].present:
@@ -280,11 +282,7 @@ def choose_splits(data_dir: str, asked: list[str]) -> list[str]:
     DataError: an unknown split, or several to choose from.
   """
   there = sources.splits(data_dir)
-  for split in asked:
-    if split not in there:
-      raise pairs.DataError(
-        f"{data_dir}: no split {split!r}; it has {sorted(there)}"
-      )
+  sources.check_splits(data_dir, asked, option="--splits")
   if asked:
     return asked
   if set(EMOJI_CELLS) <= set(there):
@@ -294,16 +292,6 @@ def choose_splits(data_dir: str, asked: list[str]) -> list[str]:
   raise pairs.DataError(
     f"{data_dir} has the splits {sorted(there)}: say which with --splits"
   )
-
-
-def check_querybank(data_dir: str, split: str) -> None:
-  """Raises DataError where the data has no such split."""
-  there = sources.splits(data_dir)
-  if split not in there:
-    raise pairs.DataError(
-      f"--querybank={split}: {data_dir} has no such split; it has "
-      f"{sorted(there)}"
-    )
 
 
 def format_result(result: Mapping[str, Any]) -> str:
@@ -505,7 +493,7 @@ def _retrieve(
     for rerank in values.rerank
   ]
   if any(protocol.asks_bank for protocol in protocols):
-    check_querybank(data_dir, values.querybank)
+    sources.check_splits(data_dir, [values.querybank], option="--querybank")
   evaluate(
     model,
     data_dir=data_dir,

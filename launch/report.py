@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from glscl_jax import atomic, command_line, errors
+from glscl_jax.data import sources
 from glscl_jax.export import report, selection
 from glscl_jax.export import weights as weights_lib
 
@@ -80,10 +81,12 @@ def _run(values: flags.FlagValues) -> int:
   charts = output.parent / "plots"
   errors.check_writable(charts, option=f"--output={output}")
   model = weights_lib.open_weights(workdir, step=values.step)
+  data_dir = model.data_dir(values.data)
+  sources.check_splits(data_dir, values.splits, option="--splits")
   page = report.make_report(
     workdir,
     model,
-    data_dir=model.data_dir(values.data),
+    data_dir=data_dir,
     charts=charts,
     options=selection.Options(
       num_queries=values.num_examples,

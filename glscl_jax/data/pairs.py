@@ -104,6 +104,11 @@ def counts_name(split: str) -> str:
   return f"num_captions-{split}.npy"
 
 
+def tokens_name(split: str, tokenizer_sha256: str) -> str:
+  """The file with the number of tokens of each caption, by one tokenizer."""
+  return f"num_tokens-{split}-{tokenizer_sha256[:16]}.npy"
+
+
 def find_damage(
   data_dir: str | os.PathLike[str], *, source: Mapping[str, Any]
 ) -> str:

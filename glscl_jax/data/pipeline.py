@@ -1,10 +1,10 @@
 """From records to batches: the chain that feeds training.
 
 A training example is one (image, caption) pair; an epoch is all pairs. Row k
-of the run is pair `order[k]`, shuffled anew in every epoch, whatever the
-number of processes, threads or workers: process p of P makes rows
-[p B/P, (p+1) B/P) of each global batch of B, so the global batches are the
-same arrays too. All randomness of a row comes from (seed, epoch, pair), so a
+of the run shows the pair that `order.py` says, whatever the number of
+processes, threads or workers: process p of P makes rows [p B/P, (p+1) B/P) of
+each global batch of B, so the global batches are the same arrays too. All
+randomness of a row comes from (seed, epoch, pair), so a
 resumed run sees the same augmentation and the same masks.
 
 Bad records are replaced by others drawn from the row's own generator, and
@@ -29,6 +29,7 @@ from glscl_jax import errors, types
 from glscl_jax import sharding as sharding_lib
 from glscl_jax.data import anchors as anchors_lib
 from glscl_jax.data import masking, sources, transforms
+from glscl_jax.data import order as order_lib
 from glscl_jax.data import regions as regions_lib
 from glscl_jax.data import tokenizer as tokenizer_lib
 
@@ -142,9 +143,7 @@ class RowMaker:
   config: config_lib.Config
   tokenizer: tokenizer_lib.Tokenizer
   pairs: Pairs
-  order: (
-    Sequence[int] | grain.MapDataset
-  )  # position -> pair, reshuffled in every epoch
+  order: order_lib.Order
   plain_ids_V: np.ndarray  # int32 ids a random replacement is drawn from
   names: anchors_lib.Names | None  # of the classes of regions; None: images
   kinds: frozenset[str]  # of masks; "rest" beside "anchors" adds REST
@@ -158,11 +157,12 @@ class RowMaker:
 
   def row(self, position: int) -> dict[str, np.ndarray]:
     """Row `position` of the run: arrays named as in Batch, and flags."""
-    epoch, pair = position // len(self.pairs), int(self.order[position])
+    place = self.order(position)
+    epoch, pair = place.epoch, place.pair
     bad: list[tuple[int, int]] = []
     example, caption, image_YXC = self._read(epoch, pair, "own", bad)
     pair_key = (self.config.data.seed, epoch, pair)
-    tokens = self._tokens(pair_key, caption)
+    tokens = self._tokens(pair_key, caption, place.length)
     row = {}
     if image_YXC is not None:
       row["image_BYXC"] = self._augment(pair_key, "augment", image_YXC, caption)
@@ -225,12 +225,14 @@ class RowMaker:
     )
 
   def _tokens(
-    self, pair_key: tuple[int, int, int], caption: str
+    self, pair_key: tuple[int, int, int], caption: str, length: int | None
   ) -> tokenizer_lib.Tokens:
     if self.config.data.augment.phrases == "subset":
       rng = masking.sample_rng(*pair_key, "phrases")
       caption = transforms.phrase_subset(rng, caption)
-    return self.tokenizer.encode(caption, self.config.model.text.max_length)
+    return self.tokenizer.encode(
+      caption, length or self.config.model.text.max_length
+    )
 
   def _text(
     self, pair_key: tuple[int, int, int], tokens: tokenizer_lib.Tokens
@@ -645,7 +647,7 @@ def make_train_iterator(
     config,
     tokenizer,
     pairs,
-    order=grain.MapDataset.range(len(pairs)).seed(data.seed).shuffle().repeat(),
+    order=_make_order(config, tokenizer, source, len(pairs)),
     kinds=mask_kinds(config),
     first=process_index * count,
     count=count,
@@ -653,12 +655,29 @@ def make_train_iterator(
   return TrainIterator(make_row, max_bad_share=data.max_bad_share)
 
 
+def _make_order(
+  config: config_lib.Config,
+  tokenizer: tokenizer_lib.Tokenizer,
+  source: sources.Source,
+  num_pairs: int,
+) -> order_lib.Order:
+  data = config.data
+  if not data.text_lengths:
+    return order_lib.Shuffled(num_pairs, seed=data.seed)
+  return order_lib.ByLength(
+    source.count_tokens(tokenizer),
+    (*data.text_lengths, config.model.text.max_length),
+    batch_size=data.batch_size,
+    seed=data.seed,
+  )
+
+
 def make_row_maker(
   config: config_lib.Config,
   tokenizer: tokenizer_lib.Tokenizer,
   pairs: Pairs,
   *,
-  order: Sequence[int] | grain.MapDataset,
+  order: order_lib.Order,
   kinds: frozenset[str],
   first: int,
   count: int,

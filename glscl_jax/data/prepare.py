@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from glscl_jax.data import (
@@ -435,6 +436,9 @@ def _add_tokenizer(
     logging.info("no split 'train': no tokenizer is added")
     return
   loaded = tokenizer.load(target)
+  for split, size in manifest["splits"].items():
+    counts_A = sources.Source(directory, split, size).read_tokens(loaded)
+    np.save(directory / pairs.tokens_name(split, loaded.sha256), counts_A)
   manifest["tokenizer"] = {
     "file": target.name,
     "sha256": loaded.sha256,

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from glscl_jax.data import pairs
+from glscl_jax.data import pairs, progress
 from glscl_jax.data import regions as regions_lib
+from glscl_jax.data import tokenizer as tokenizer_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,18 @@ class Example:
 def splits(data_dir: str | os.PathLike[str]) -> dict[str, int]:
   """Split names and their number of records."""
   return dict(pairs.read_manifest(data_dir)["splits"])
+
+
+def check_splits(
+  data_dir: str | os.PathLike[str], asked: Iterable[str], *, option: str
+) -> None:
+  """Raises DataError, which names `option`, where a split is not there."""
+  there = splits(data_dir)
+  for split in asked:
+    if split not in there:
+      raise pairs.DataError(
+        f"{option}: {data_dir} has no split {split!r}; it has {sorted(there)}"
+      )
 
 
 def tokenizer_path(data_dir: str | os.PathLike[str]) -> pathlib.Path:
@@ -140,17 +154,38 @@ class Source:
       return np.array(
         [len(self[i].captions) for i in range(len(self))], np.int32
       )
-    try:
-      counts_A = np.load(path)
-      fits = counts_A.shape == (self._size,)
-    except (OSError, ValueError, EOFError):
-      fits = False
-    if not fits:
-      raise pairs.DataError(
-        f"{path}: not the caption counts of {self._size} records; make the "
-        "directory again with launch/prepare.py"
-      )
-    return counts_A
+    return _load_counts(path, self._size, "caption counts of {} records")
+
+  def count_tokens(self, tokenizer: tokenizer_lib.Tokenizer) -> np.ndarray:
+    """Tokens of each caption, record by record, with both specials; int32.
+
+    A record without captions has one empty one. Stored for the directory's own
+    tokenizer; with another one, or in a directory made before they were, all
+    records are read.
+
+    Raises:
+      DataError: counts or records that cannot be read.
+    """
+    name = pairs.tokens_name(self._split, tokenizer.sha256)
+    path = self._data_dir / name
+    if not path.is_file():
+      return self.read_tokens(tokenizer)
+    size = int(np.maximum(1, self.count_captions()).sum())
+    return _load_counts(path, size, "token counts of {} captions")
+
+  def read_tokens(self, tokenizer: tokenizer_lib.Tokenizer) -> np.ndarray:
+    """What `count_tokens` gives, from the captions themselves."""
+    records = progress.bar(
+      range(len(self)), name=f"tokens of {self._split}", total=len(self)
+    )
+    return np.array(
+      [
+        tokenizer.count(caption)
+        for index in records
+        for caption in self[index].captions or ("",)
+      ],
+      np.int32,
+    )
 
   def __getstate__(self) -> dict[str, Any]:
     # An open reader holds file handles: every worker opens its own.
@@ -165,6 +200,20 @@ class Source:
         builder = tfds.builder_from_directory(str(self._data_dir))
       self._records = pairs.open_records(builder, self._split)
     return self._records
+
+
+def _load_counts(path: pathlib.Path, size: int, what: str) -> np.ndarray:
+  try:
+    counts_A = np.load(path)
+    fits = counts_A.shape == (size,)
+  except (OSError, ValueError, EOFError):
+    fits = False
+  if not fits:
+    raise pairs.DataError(
+      f"{path}: not the {what.format(size)}; make the directory again with "
+      "launch/prepare.py"
+    )
+  return counts_A
 
 
 def open_source(data_dir: str | os.PathLike[str], split: str) -> Source:

@@ -95,6 +95,11 @@ class Tokenizer(abc.ABC):
       words=words,
     )
 
+  def count(self, text: str) -> int:
+    """Tokens of all of a text, with both specials."""
+    ids, *_ = self._split(text)
+    return len(ids) + 2
+
   @abc.abstractmethod
   def pieces(self, ids: Iterable[int]) -> list[str]:
     """The written form of each id."""

@@ -99,7 +99,7 @@ def cudnn(
   *,
   causal: bool,
 ) -> jax.Array:
-  """Flash attention of cuDNN, which takes masks of all queries and keys only."""
+  """Flash attention of cuDNN; it takes masks of all queries and keys only."""
   mask_B1LM = None
   if valid_BM is not None:
     batch, num_keys = valid_BM.shape

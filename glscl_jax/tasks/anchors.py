@@ -23,6 +23,7 @@ import numpy as np
 
 from glscl_jax import config as config_lib
 from glscl_jax import errors
+from glscl_jax.data import order as order_lib
 from glscl_jax.data import pipeline, sources
 from glscl_jax.data import regions as regions_lib
 from glscl_jax.data import tokenizer as tokenizers
@@ -156,7 +157,7 @@ def read(
     asked,
     tokenizer,
     pairs,
-    order=order,
+    order=order_lib.Listed(order),
     kinds=kinds,
     first=0,
     count=asked.data.batch_size,

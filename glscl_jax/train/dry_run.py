@@ -15,9 +15,9 @@ import jax
 
 from glscl_jax import config as config_lib
 from glscl_jax import sharding
-from glscl_jax.data import pipeline
+from glscl_jax.data import order, pipeline
 from glscl_jax.systems import registry
-from glscl_jax.train import checkpoint, initial, journal, loop, metrics
+from glscl_jax.train import checkpoint, initial, journal, loop, metrics, shapes
 from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib
 from glscl_jax.types import Batch
@@ -79,6 +79,10 @@ def dry_run(
     inputs.iterator.close()
   batch = pipeline.global_batch(local, inputs.mesh)
   say(format_batch(batch))
+  if config.data.text_lengths:
+    length = config.model.text.max_length
+    say(f"below: the longest of its steps, of texts of {length} tokens")
+    batch = shapes.abstract_batch(order.at_length(config, length), inputs.mesh)
   lowered = step_lib.make_train_step(config, inputs.mesh).lower(
     abstract, batch, state_lib.run_key(config, inputs.mesh, "step")
   )

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from glscl_jax import config as config_lib
-from glscl_jax import sharding
+from glscl_jax import errors, sharding
 from glscl_jax.data import tokenizer as tokenizer_lib
 from glscl_jax.train import checkpoint
 from glscl_jax.types import Params
@@ -53,10 +53,15 @@ def read_initial(
   """Parameters and lineage of what `train.init_from` names.
 
   Raises:
-    CheckpointError: it was trained with another tokenizer. Word tables of
-      one shape would load, and their rows stand for other words.
+    CheckpointError: it cannot be read, or was trained with another tokenizer:
+      word tables of one shape would load, and their rows stand for other words.
   """
-  params, lineage = read_params(config.train.init_from)
+  try:
+    params, lineage = read_params(config.train.init_from)
+  except errors.UserError as error:
+    raise checkpoint.CheckpointError(
+      f"config.train.init_from: {error}"
+    ) from error
   there, here = lineage["tokenizer_sha256"], tokenizer.sha256
   if there != here:
     raise checkpoint.CheckpointError(

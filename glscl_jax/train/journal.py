@@ -18,6 +18,7 @@ import jax
 
 from glscl_jax import config as config_lib
 from glscl_jax import errors
+from glscl_jax.data import order
 from glscl_jax.systems import registry
 from glscl_jax.train import checkpoint, metrics
 
@@ -80,26 +81,48 @@ class Journal:
     step: int,
     compiled: jax.stages.Compiled,
     mesh: jax.sharding.Mesh,
+    *,
+    length: int,
+    seconds: float,
   ) -> None:
-    """Called once, when the step after `step` is compiled and about to run."""
-    peak = metrics.find_peak(
-      list(mesh.devices.flat),
-      compute_dtype=self._config.model.compute_dtype,
-    )
-    self._speed = Speed(self._config, self._clock, peak, step=step)
+    """Called when a step is compiled and about to run.
+
+    Args:
+      step: updates done.
+      compiled: the step of texts of `length` tokens.
+      mesh: that it runs on.
+      length: as above; the first call of a run also starts the clock.
+      seconds: that compiling it took.
+    """
+    if self._speed is None:
+      peak = metrics.find_peak(
+        list(mesh.devices.flat),
+        compute_dtype=self._config.model.compute_dtype,
+      )
+      self._speed = Speed(self._config, self._clock, peak, step=step)
+    several = self._config.data.text_lengths
     self._log.info(
-      f"step compiled in {self._clock.total('compile'):.1f} s, a device: "
-      f"{format_memory(compiled)}; {self._speed.flops_per_sample / 1e9:.3f} "
-      f"GFLOP a sample; MFU against {peak.source}"
+      f"step{f' of {length} tokens' if several else ''} compiled in "
+      f"{seconds:.1f} s, a device: {format_memory(compiled)}; "
+      f"{self._speed.flops_per_sample(length) / 1e9:.3f} GFLOP a sample; MFU "
+      f"against {self._speed.peak.source}"
     )
 
-  def add(self, step: int, values: Mapping[str, jax.Array]) -> None:
+  def add(
+    self, step: int, values: Mapping[str, jax.Array], *, length: int
+  ) -> None:
     """Takes the scalars of a dispatched step, writes those of the one before.
+
+    Args:
+      step: its number.
+      values: its scalars.
+      length: tokens of its texts, with padding.
 
     Raises:
       TrainError: too many steps had a non-finite loss or gradient.
     """
     self.flush()
+    self._speed.count(length)
     self._pending = (step, values)
 
   def attach(self, extra: Mapping[str, float]) -> None:
@@ -211,44 +234,59 @@ class Speed:
     *,
     step: int,
   ):
-    self.flops_per_sample = registry.find(config).forward(config).step
+    self.peak = peak
     self._config = config
     self._clock = clock
-    self._peak = peak
-    # Step, busy seconds, data seconds at the lines that speeds look back to.
-    self._marks = collections.deque([(step, *self._times())])
+    self._per_sample: dict[int, float] = {}
+    self._flops = 0.0  # of a sample of each step, added up
+    # Step, busy and data seconds, FLOPs at the lines that speeds look back to.
+    self._marks = collections.deque([(step, *self._totals())])
     self._began = (step, clock.elapsed())
+
+  def flops_per_sample(self, length: int) -> float:
+    """Of the model in a step whose texts have `length` tokens."""
+    if length not in self._per_sample:
+      config = order.at_length(self._config, length)
+      self._per_sample[length] = registry.find(config).forward(config).step
+    return self._per_sample[length]
+
+  def count(self, length: int) -> None:
+    """Called for each step, with the tokens of its texts."""
+    self._flops += self.flops_per_sample(length)
 
   def measure(self, step: int, loss: float) -> metrics.Progress:
     """The progress after `step`, whose loss was `loss`."""
-    first, busy_then, data_then = self._marks[0]
-    busy, data = self._times()
+    first, busy_then, data_then, flops_then = self._marks[0]
+    busy, data, flops = self._totals()
     busy_spent = max(busy - busy_then, 1e-9)
-    rate = (step - first) * self._config.data.batch_size / busy_spent
+    batch_size = self._config.data.batch_size
+    rate = (step - first) * batch_size / busy_spent
     began_step, began = self._began
     per_step = (self._clock.elapsed() - began) / max(1, step - began_step)
     num_steps = self._config.train.num_steps
-    peak = self._peak.flops
+    peak = self.peak.flops
+    flops_rate = (flops - flops_then) * batch_size / busy_spent
     return metrics.Progress(
       step=step,
       num_steps=num_steps,
       loss=loss,
       samples_per_second=rate,
       seconds_left=per_step * (num_steps - step),
-      mfu=None if peak is None else rate * self.flops_per_sample / peak,
+      mfu=None if peak is None else flops_rate / peak,
       data_wait=min(1.0, (data - data_then) / busy_spent),
     )
 
   def mark(self, step: int) -> None:
     """Forgets the marks that are older than the last WINDOW steps need."""
-    self._marks.append((step, *self._times()))
+    self._marks.append((step, *self._totals()))
     while len(self._marks) > 1 and step - self._marks[1][0] >= WINDOW:
       self._marks.popleft()
 
-  def _times(self) -> tuple[float, float]:
-    """Seconds of training and, among them, of waiting for batches."""
+  def _totals(self) -> tuple[float, float, float]:
+    """Seconds of training, among them of waiting for batches, and FLOPs."""
     other = sum(self._clock.total(name) for name in ("compile", "eval", "save"))
-    return self._clock.elapsed() - other, self._clock.total("data")
+    busy = self._clock.elapsed() - other
+    return busy, self._clock.total("data"), self._flops
 
 
 class Profile:

@@ -353,22 +353,28 @@ def _run_steps(
   key = state_lib.run_key(config, mesh, "step")
   report = run.make_journal()
   state, step = run.state, run.start_step
-  compiled = None
+  compiled: dict[int, jax.stages.Compiled] = {}  # by tokens of texts
   saved, scores = run.start_step, {}
   with run.make_profile() as profile:
     while step < num_steps and not stop.asked(step):
       batch = _next_batch(run, stop)
       if batch is None:
         break
-      if compiled is None:
+      length = batch.text_ids_BT.shape[1]
+      if length not in compiled:
         run.log.info("compiling the step: a minute or several of silence")
+        before = clock.total("compile")
         with clock("compile"):
-          compiled = train_step.lower(state, batch, key).compile()
-        report.start(step, compiled, mesh)
+          compiled[length] = train_step.lower(state, batch, key).compile()
+        seconds = clock.total("compile") - before
+        report.start(
+          step, compiled[length], mesh, length=length, seconds=seconds
+        )
       with jax.transfer_guard("disallow"):
-        state, step_metrics = compiled(state, batch, key)
+        state, step_metrics = compiled[length](state, batch, key)
       step += 1
-      report.add(step, step_metrics)  # writes those of the step before
+      # Writes the metrics of the step before.
+      report.add(step, step_metrics, length=length)
       profile.after(step)
       last = step == num_steps
       scored = None

@@ -14,7 +14,7 @@ from PIL import Image
 
 from glscl_jax import config as config_lib
 from glscl_jax import sharding, types
-from glscl_jax.data import pipeline, sources
+from glscl_jax.data import order, pipeline, sources
 from glscl_jax.data import regions as regions_lib
 from glscl_jax.data import tokenizer as tokenizer_lib
 
@@ -91,7 +91,7 @@ def abstract_batch(
     config,
     _Tokenizer(config.model.text.vocab_size),
     pipeline.make_pairs(_Source(config)),
-    order=(0,) * size,
+    order=order.Listed((0,) * size),
     kinds=pipeline.mask_kinds(config),
     first=0,
     count=size,

@@ -412,6 +412,49 @@ def test_an_iterator_can_be_set_back_while_it_runs(config, tokenizer):
 
 
 @pytest.fixture
+def by_length(config, tokenizer):
+  """Batches of two lengths: half of the captions fit the shorter one."""
+  source = sources.open_source(config.data.dir, "train")
+  middle = int(np.median(source.count_tokens(tokenizer)))
+  return change_batch(config, 2, text_lengths=(middle,))
+
+
+def test_batches_by_length_cut_nothing(by_length, config, tokenizer):
+  batches, iterator = take(by_length, tokenizer, 12)
+  found = {batch["text_ids_BT"].shape[1] for batch in batches}
+  assert found == {*by_length.data.text_lengths, 30}
+  assert iterator.report()["truncated"] == 0
+  whole = take(change_batch(config, 2), tokenizer, 40)[0]
+  known = {tuple(ids[ids != tokenizer.pad_id]) for ids in rows_of(whole)}
+  for ids in rows_of(batches):
+    assert tuple(ids[ids != tokenizer.pad_id]) in known
+
+
+def rows_of(batches):
+  return [ids for batch in batches for ids in batch["text_ids_BT"]]
+
+
+def test_batches_by_length_are_the_same_in_blocks_workers_and_resumed(
+  by_length, tokenizer
+):
+  expected, _ = take(by_length, tokenizer, 6)
+  blocks = [
+    take(by_length, tokenizer, 6, process_index=i, process_count=2)[0]
+    for i in range(2)
+  ]
+  joined = [
+    {name: np.concatenate([a[name], b[name]]) for name in a}
+    for a, b in zip(*blocks, strict=True)
+  ]
+  assert_equal(joined, expected)
+  assert_equal(
+    take(by_length, tokenizer, 3, state={"step": 3})[0], expected[3:]
+  )
+  workers = change(by_length, "data", num_workers=2)
+  assert_equal(take(workers, tokenizer, 6)[0], expected)
+
+
+@pytest.fixture
 def dataset_config(config):
   return change(config, "objectives", itm_negatives="dataset")
 

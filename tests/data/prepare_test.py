@@ -301,6 +301,23 @@ def test_a_changed_image_makes_the_directory_again(jsonl, tmp_path):
   assert first["content_sha256"] != second["content_sha256"]
 
 
+def test_tokens_are_counted_for_the_tokenizer_of_the_directory(
+  emoji_dir, monkeypatch
+):
+  loaded = tokenizer.load(sources.tokenizer_path(emoji_dir))
+  for split, size in sources.splits(emoji_dir).items():
+    source = sources.open_source(emoji_dir, split)
+    expected = [
+      loaded.encode(caption, 100).valid_T.sum()
+      for i in range(size)
+      for caption in source[i].captions
+    ]
+    assert source.read_tokens(loaded).tolist() == expected
+    with monkeypatch.context() as patch:
+      patch.setattr(sources.Source, "read_tokens", None)
+      assert source.count_tokens(loaded).tolist() == expected
+
+
 def test_a_given_tokenizer_is_copied(jsonl, emoji_dir, tmp_path):
   path = sources.tokenizer_path(emoji_dir)
   manifest = prepare.prepare_jsonl(

@@ -65,7 +65,10 @@ RECIPE = """
       return c
 """
 OWN = {
-  "maskvlm": "c.model.text.dropout = c.model.fusion.dropout = 0.1",
+  # Batches of two lengths.
+  "maskvlm": "c.model.text.dropout = c.model.fusion.dropout = 0.1; "
+  "c.model.text.max_length, c.model.text.num_positions = 30, 32; "
+  "c.data.text_lengths = (27,)",
   # The first steps split at random, the others by the captions.
   "sycoca": "c.masking.mask_warmup_steps = 6; c.model.fusion.text_depth = 1",
   # Each step draws its objective.

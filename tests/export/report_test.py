@@ -354,8 +354,10 @@ def test_export_of_an_export_carries_the_measured_metrics(work, tmp_path):
     (
       evaluate_launcher,
       ["--workdir={}", "--rerank=querybank", "--querybank=val"],
-      "--querybank=val: ",
+      "--querybank: ",
     ),
+    (evaluate_launcher, ["--workdir={}", "--limit=3"], "of --rerank=full"),
+    (report_launcher, ["--workdir={}", "--splits=val"], "no split 'val'"),
     (evaluate_launcher, ["--workdir={}", "--data=/no"], "no such data dir"),
     (evaluate_launcher, ["--workdir={}", "--step=3"], "no step '3'"),
     (export_launcher, ["--workdir={}"], "--output is missing"),

@@ -18,6 +18,7 @@ from glscl_jax import config as config_lib
 from glscl_jax.export import ablation_table
 from launch import ablate
 from tests import recipes
+from tests.data import pipeline_test, tiny_regions
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROWS = [
@@ -223,7 +224,19 @@ def test_wrong_rows_and_data_without_the_splits_are_named(tmp_path):
   with pytest.raises(flags.Error, match="'mgsc'; meter, meter_itc"):
     ablate.check_rows(suite, ["mgsc"])
   with pytest.raises(errors.UserError, match="no such data directory"):
-    ablate.check_splits(suite, str(tmp_path / "none"))
+    ablate.check_data(suite, str(tmp_path / "none"))
+
+
+def test_regions_are_asked_for_before_the_first_row(tmp_path):
+  records = [tiny_regions.make_record(number) for number in range(4)]
+  scenes = tiny_regions.write(tmp_path / "regions", records)
+  with pytest.raises(errors.UserError, match="no split 'test_unseen"):
+    ablate.check_data(ablations.SUITES["cmal"], str(scenes))
+  pictures = pipeline_test.write(
+    tmp_path / "pictures", [pipeline_test.make_record(i) for i in range(20)]
+  )
+  with pytest.raises(errors.UserError, match="no regions, which CMAL reads"):
+    ablate.check_data(ablations.SUITES["cmal"], str(pictures))
 
 
 class Child:

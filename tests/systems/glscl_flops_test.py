@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from glscl_jax import config as config_lib
+from glscl_jax.data import order
 from glscl_jax.models import flops as model_flops
 from glscl_jax.objectives import contrastive
 from glscl_jax.systems import flops, glscl, glscl_flops
@@ -173,6 +174,9 @@ def test_base_costs_what_the_published_measurement_says():
   assert published.image / 1e9 == pytest.approx(311, rel=0.005)
   assert ours.fusion / 1e9 == pytest.approx(171, rel=0.005)
   assert ours.text / published.text == 3 / 6
+  # G5: with the text in as many tokens as it needs, 16 of 50.
+  short = glscl_flops.forward(order.at_length(twelve, 16)).step
+  assert short <= 0.52 * (1 + flops.BACKWARD) * published.total
 
 
 def test_sharing_saves_more_than_a_third():

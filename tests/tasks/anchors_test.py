@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from glscl_jax import config as config_lib
-from glscl_jax.data import pipeline, sources
+from glscl_jax.data import order, pipeline, sources
 from glscl_jax.data import tokenizer as tokenizers
 from glscl_jax.systems.answers import Slots
 from glscl_jax.tasks import anchors, results
@@ -367,7 +367,7 @@ def test_rows_are_those_of_the_training_at_the_same_seed(data_dir):
     dataclasses.replace(config, data=dataclasses.replace(config.data, seed=0)),
     tokenizers.load(data_dir / "tokenizer.model"),
     pairs,
-    order=range(len(pairs)),
+    order=order.Listed(range(len(pairs))),
     kinds=pipeline.mask_kinds(config),
     first=0,
     count=1,

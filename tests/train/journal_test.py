@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from glscl_jax import config as config_lib
+from glscl_jax.systems import registry
 from glscl_jax.train import journal, metrics
 
 
@@ -41,6 +42,26 @@ def test_speed_leaves_out_what_is_no_training_and_forgets_old_steps():
   assert now.data_wait == pytest.approx(5 / 30)
   assert now.seconds_left == pytest.approx(70 * 90 / 30)
   assert now.mfu is None
+
+
+def test_mfu_counts_the_flops_of_each_step_by_the_length_of_its_texts():
+  config = config_lib.Config()
+  time = [0.0]
+  clock = metrics.Clock(now=lambda: time[0])
+  peak = metrics.Peak(flops=1e15, source="")
+  speed = journal.Speed(config, clock, peak, step=0)
+  longest = config.model.text.max_length
+  whole = registry.find(config).forward(config).step
+  assert speed.flops_per_sample(longest) == whole
+  assert speed.flops_per_sample(16) < 0.95 * whole
+  for length in (longest, 16):
+    speed.count(length)
+    time[0] += 2.0
+  now = speed.measure(2, loss=1.0)
+  mean = (whole + speed.flops_per_sample(16)) / 2
+  batch = config.data.batch_size
+  assert now.samples_per_second == pytest.approx(2 * batch / 4)
+  assert now.mfu == pytest.approx(2 * batch / 4 * mean / 1e15)
 
 
 def test_advice_on_losses_that_are_not_finite_can_be_followed(tmp_path):
@@ -91,7 +112,8 @@ def lines_of(tmp_path, steps, *, log_every=1):
   told._speed = journal.Speed(config, metrics.Clock(), peak, step=0)
   for number, values in enumerate(steps, start=1):
     values = {"grad_norm": 1.0, "num_skipped": 0} | values
-    told.add(number, {name: np.float32(v) for name, v in values.items()})
+    scalars = {name: np.float32(v) for name, v in values.items()}
+    told.add(number, scalars, length=config.model.text.max_length)
   told.flush()
   writer.close()
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
