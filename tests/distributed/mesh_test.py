@@ -20,7 +20,7 @@ from glscl_jax.train import step as step_lib
 from tests import random_pairs, random_regions
 
 ONE = (1, 1, 1)
-MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
+MESHES = [(8, 1, 1), (2, 2, 2)]
 BATCH, GROUP, IMAGE_TOKENS, WIDTH = 16, 4, 17, 128
 CONFIG = random_pairs.config(
   width=WIDTH,  # two heads, so that `tensor` has something to split
@@ -55,7 +55,6 @@ MASKVLM = random_pairs.maskvlm(
   dropout=0.1,
   batch_size=BATCH,
   objectives={"neg_group": GROUP},
-  optimizer={"learning_rate": 1e-3, "eps": 1e-2, "warmup_fraction": 0.0},
 )
 
 
@@ -190,25 +189,15 @@ def test_the_choices_for_little_data_run_the_same_on_every_mesh():
   assert np.abs(flat(one.state.params)[stem]).max() > 1e-4
 
 
-def test_maskvlm_runs_the_same_on_a_mesh_of_all_axes():
-  one = train(ONE, MASKVLM, num_steps=1)
-  found = train((2, 2, 2), MASKVLM, num_steps=1)
-  assert found.metrics[0] == pytest.approx(one.metrics[0], rel=1e-5, abs=1e-5)
-  assert len(one.gradients) == len(jax.tree.leaves(one.state.params))
-  assert_trees_close(found.gradients, one.gradients, atol=1e-5)
-  assert_trees_close(
-    flat(found.state.params), flat(one.state.params), atol=1e-5
-  )
-
-
 @pytest.mark.parametrize(
   ("config", "make_batch"),
   [
+    (MASKVLM, random_pairs.batch),
     (SYCOCA, random_pairs.batch),
     (CMAL, random_regions.batch),
     (CMAL_SAMPLE, random_regions.batch),
   ],
-  ids=["sycoca", "cmal", "cmal, one objective a step"],
+  ids=["maskvlm", "sycoca", "cmal", "cmal, one objective a step"],
 )
 def test_gradients_are_the_same_on_a_mesh_of_all_axes(config, make_batch):
   # The update of each parameter is that of the other systems.
@@ -238,9 +227,8 @@ def test_three_steps_move_the_parameters_by_much_more_than_the_tolerance():
   assert np.median(jax.tree.leaves(moved)) > 1e-4
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 1), (2, 2, 2)], ids=str)
-def test_parameters_and_moments_stay_sharded(shape):
-  run = train(shape)
+def test_parameters_and_moments_stay_sharded():
+  run = train((2, 2, 2))
 
   def same(leaf, expected):
     return leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
@@ -275,7 +263,7 @@ def test_data_parallel_training_gathers_no_features():
 
 def test_the_gather_test_sees_gathers():
   # Weights of fsdp are gathered before use.
-  shapes = moved(train((2, 4, 1)).program, "all-gather")
+  shapes = moved(train((2, 2, 2)).program, "all-gather")
   assert any(math.prod(shape) >= WIDTH * WIDTH for shape in shapes)
 
 

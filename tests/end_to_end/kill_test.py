@@ -65,15 +65,13 @@ RECIPE = """
       return c
 """
 OWN = {
-  # Batches of two lengths.
-  "maskvlm": "c.model.text.dropout = c.model.fusion.dropout = 0.1; "
-  "c.model.text.max_length, c.model.text.num_positions = 30, 32; "
-  "c.data.text_lengths = (27,)",
+  "maskvlm": "c.model.text.dropout = c.model.fusion.dropout = 0.1",
   # The first steps split at random, the others by the captions.
   "sycoca": "c.masking.mask_warmup_steps = 6; c.model.fusion.text_depth = 1",
-  # Each step draws its objective.
+  # Each step draws its objective, and its batch has one of two lengths.
   "cmal": "c.model.region.number, c.model.region.feature_width, "
-  "c.model.region.num_classes = 5, 6, 5; c.model.fusion.depth = 1",
+  "c.model.region.num_classes = 5, 6, 5; c.model.fusion.depth = 1; "
+  "c.data.text_lengths = (4,)",
 }
 
 
