@@ -148,8 +148,8 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
       if head := _COMPUTATION.match(line):
         current = computations[head[2]] = {}
         entry = head[2] if head[1] else entry
-    elif line.startswith("}"):
-      current = None
+    elif re.match(r"\}(, execution_thread=.*)?$", line):
+      current = None  # other braces end an attribute of several lines
     elif head := _INSTRUCTION.match(line):
       made = _instruction(head, line[head.end() :])
       current[made.name] = made
@@ -246,6 +246,8 @@ class _Program:
     for one in self._all[name].values():
       if one.opcode == "dot":
         total += _dot_flops(one, self._all[name])
+      elif one.opcode == "custom-call" and one.name.startswith("splash_"):
+        total += _splash_flops(one, self._all[name])
       elif "__cublas$" in one.text:  # a GPU's matrix product
         total += _library_flops(one, self._all[name])
       elif one.opcode == "convolution":
@@ -420,6 +422,19 @@ def _library_flops(one: Instruction, computation: Computation) -> float:
   dims = _numbers(found.replace('"', ""))
   result = one.arrays[0]
   return 2.0 * math.prod(result.shape) * math.prod(left.shape[d] for d in dims)
+
+
+def _splash_flops(one: Instruction, computation: Computation) -> float:
+  """Of a kernel of models/fused_attention.py; the compiler tells no products.
+
+  Scores and values forward; backward scores again, and the gradients of the
+  probabilities and of queries, or of these, values and keys.
+  """
+  kinds = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+  number = next(n for kind, n in kinds.items() if one.name.startswith(kind))
+  arrays = [a for name in one.operands for a in computation[name].arrays]
+  q, k, *_ = (a.shape for a in arrays if len(a.shape) == 4)
+  return number * 2.0 * math.prod(q) * k[2]
 
 
 def _convolution_flops(one: Instruction, computation: Computation) -> float:

@@ -118,6 +118,28 @@ custom_call_target="__cublas$lt$matmul", backend_config={\
   assert program.read(text, {"data": 1}).flops == 2 * 80 * 128 * 384
 
 
+def test_products_inside_of_splash_attention_count():
+  # Of a compiled step, jax 0.10.2 for v5e: an attribute of several lines.
+  text = """HloModule x
+
+ENTRY %main (q: bf16[16,12,128,64], k: bf16[16,12,384,64]) -> f32[] {
+  %m = s8[1,1,1]{2,1,0} parameter(2)
+  %q = bf16[16,12,128,64]{3,2,1,0} parameter(0)
+  %k = bf16[16,12,384,64]{3,2,1,0} parameter(1)
+  %splash_mha_fwd_segmented.6 = bf16[16,12,128,64]{3,2,1,0} \
+custom-call(%m, %q, %k, %k), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(step)/splash"}
+  %splash_mha_dkv_segmented.7 = bf16[16,12,384,64]{3,2,1,0} \
+custom-call(%m, %q, %k, %k), custom_call_target="tpu_custom_call"
+  ROOT %out = f32[] constant(0)
+}
+"""
+  one = 2 * 16 * 12 * 128 * 384 * 64
+  assert program.read(text, {"data": 1}).flops == (2 + 4) * one
+
+
 def test_convolutions_count_without_what_padding_adds():
   x_BYXC, w = jnp.ones((2, 6, 6, 3)), jnp.ones((3, 3, 3, 5))
   valid = (3 * 6 - 2) ** 2  # window places inside of the image, both ways
