@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from glscl_jax import types
 from glscl_jax.models import products
 
+MASK_STEP = 8  # cudnn: lengths beside a mask are even; more suits its tiles
 LANES = 128  # splash: lengths are multiples of it
 LARGEST_BLOCK = 1024  # splash: tokens that fit a TPU core's fast memory
 MOST_PADDING = 2.0  # splash: times the work that padding may make of it
@@ -100,8 +101,12 @@ def cudnn(
   causal: bool,
 ) -> jax.Array:
   """Flash attention of cuDNN; it takes masks of all queries and keys only."""
-  mask_B1LM = None
+  length, mask_B1LM = q_BHLK.shape[2], None
   if valid_BM is not None:
+    q_BHLK, k_BHMK, v_BHMK = (
+      _fill(x, MASK_STEP, axis=2) for x in (q_BHLK, k_BHMK, v_BHMK)
+    )
+    valid_BM = _fill(valid_BM, MASK_STEP, axis=1)
     batch, num_keys = valid_BM.shape
     mask_B1LM = jnp.broadcast_to(
       valid_BM[:, None, None], (batch, 1, q_BHLK.shape[2], num_keys)
@@ -110,7 +115,7 @@ def cudnn(
   mixed = jax.nn.dot_product_attention(
     q, k, v, mask=mask_B1LM, is_causal=causal, implementation="cudnn"
   )
-  return mixed.transpose(0, 2, 1, 3)
+  return mixed.transpose(0, 2, 1, 3)[:, :, :length]
 
 
 def splash(
@@ -133,17 +138,12 @@ def splash(
   if valid_BM is None:
     valid_BM = jnp.ones((batch, num_keys), bool)
 
-  def fill(x, block, axis):
-    ends = [(0, 0)] * x.ndim
-    ends[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, ends)
-
   # Splash does not scale.
-  q = fill(q_BHLK * q_BHLK.dtype.type(width**-0.5), q_block, 2)
-  k, v = (fill(x, k_block, 2) for x in (k_BHMK, v_BHMK))
+  q = _fill(q_BHLK * q_BHLK.dtype.type(width**-0.5), q_block, axis=2)
+  k, v = (_fill(x, k_block, axis=2) for x in (k_BHMK, v_BHMK))
   segments = splash_kernel.SegmentIds(
     q=jnp.ones((batch, q.shape[2]), jnp.int32),
-    kv=fill(valid_BM.astype(jnp.int32), k_block, 1),
+    kv=_fill(valid_BM.astype(jnp.int32), k_block, axis=1),
   )
   make_mask = splash_mask.CausalMask if causal else splash_mask.FullMask
   size = q.shape[2], k.shape[2]
@@ -160,6 +160,13 @@ def splash(
     interpret=interpret,
   )
   return jax.vmap(one_sample)(q, k, v, segments)[:, :, :length]
+
+
+def _fill(x: jax.Array, step: int, *, axis: int) -> jax.Array:
+  """Zeros behind, up to a length that is a multiple of `step`."""
+  ends = [(0, 0)] * x.ndim
+  ends[axis] = (0, -x.shape[axis] % step)
+  return jnp.pad(x, ends)
 
 
 def _block(length: int) -> int:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from glscl_jax import sharding
 from glscl_jax.config import MeshConfig
@@ -24,6 +25,7 @@ CASES = {
   "padded keys": (96, 200, (200, 7, 1), False),
   "causal": (200, 200, None, True),
   "causal, and padded keys": (200, 200, (200, 150, 1), True),
+  "odd lengths": (75, 131, (131, 9, 2), False),
   "several blocks": (40, 1100, (1100, 1030, 3), False),
 }
 
@@ -167,6 +169,23 @@ def test_a_fused_layer_drops_no_probabilities_on_any_platform():
   np.testing.assert_array_equal(
     fused.apply(params, x_BLD, x_BLD, rngs=key), undropped
   )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cudnn_refuses_no_shape(case, monkeypatch):
+  """Traced for a GPU that is not here: only its version is not asked for."""
+  monkeypatch.setattr(
+    fused_attention_stablehlo, "check_cudnn_version", lambda: 91000
+  )
+  *sizes, causal = CASES[case]
+  q, k, v, valid_BM = make_operands(*sizes)
+  operands = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+  kernel = functools.partial(fused_attention.cudnn, causal=causal)
+  mixed, grads = jax.eval_shape(
+    functools.partial(value_and_gradients, kernel), *operands, valid_BM
+  )
+  assert mixed.shape == q.shape
+  assert [g.shape for g in grads] == [x.shape for x in operands]
 
 
 @pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="needs a GPU")
