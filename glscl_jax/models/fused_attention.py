@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from glscl_jax import types
 from glscl_jax.models import products
 
-MASK_STEP = 8  # cudnn: lengths beside a mask are even; more suits its tiles
+CUDNN_STEP = 8  # cudnn: lengths are multiples of it
 LANES = 128  # splash: lengths are multiples of it
 LARGEST_BLOCK = 1024  # splash: tokens that fit a TPU core's fast memory
 MOST_PADDING = 2.0  # splash: times the work that padding may make of it
@@ -100,20 +100,33 @@ def cudnn(
   *,
   causal: bool,
 ) -> jax.Array:
-  """Flash attention of cuDNN; it takes masks of all queries and keys only."""
-  length, mask_B1LM = q_BHLK.shape[2], None
+  """Flash attention of cuDNN.
+
+  Lengths are filled up, since it has no gradient at odd ones. It takes masks of
+  all queries and keys, or the number of keys of each sample.
+  """
+  batch, _, length, _ = q_BHLK.shape
+  num_keys = k_BHMK.shape[2]
+  q_BHLK, k_BHMK, v_BHMK = (
+    _fill(x, CUDNN_STEP, axis=2) for x in (q_BHLK, k_BHMK, v_BHMK)
+  )
+  mask_B1LM = counts_B = None
   if valid_BM is not None:
-    q_BHLK, k_BHMK, v_BHMK = (
-      _fill(x, MASK_STEP, axis=2) for x in (q_BHLK, k_BHMK, v_BHMK)
-    )
-    valid_BM = _fill(valid_BM, MASK_STEP, axis=1)
-    batch, num_keys = valid_BM.shape
+    valid_BM = _fill(valid_BM, CUDNN_STEP, axis=1)
     mask_B1LM = jnp.broadcast_to(
-      valid_BM[:, None, None], (batch, 1, q_BHLK.shape[2], num_keys)
+      valid_BM[:, None, None], (batch, 1, q_BHLK.shape[2], k_BHMK.shape[2])
     )
+  elif num_keys < k_BHMK.shape[2]:
+    counts_B = jnp.full(batch, num_keys, jnp.int32)
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHLK, k_BHMK, v_BHMK))
   mixed = jax.nn.dot_product_attention(
-    q, k, v, mask=mask_B1LM, is_causal=causal, implementation="cudnn"
+    q,
+    k,
+    v,
+    mask=mask_B1LM,
+    key_value_seq_lengths=counts_B,
+    is_causal=causal,
+    implementation="cudnn",
   )
   return mixed.transpose(0, 2, 1, 3)[:, :, :length]
 

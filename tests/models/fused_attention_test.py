@@ -25,7 +25,8 @@ CASES = {
   "padded keys": (96, 200, (200, 7, 1), False),
   "causal": (200, 200, None, True),
   "causal, and padded keys": (200, 200, (200, 150, 1), True),
-  "odd lengths": (75, 131, (131, 9, 2), False),
+  "odd lengths": (75, 131, None, False),
+  "odd lengths, and padded keys": (75, 131, (131, 9, 2), False),
   "several blocks": (40, 1100, (1100, 1030, 3), False),
 }
 
