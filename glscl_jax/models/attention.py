@@ -132,7 +132,9 @@ class Attention(nn.Module):
     q_BHLK = heads("query", x_BLD)
     how = {"dtype": self.dtype, "causal": self.causal}
     mixed_BHLK = None
-    if self.fused and first is None and not return_probabilities:
+    # Stacks create their layers by a vmap, which kernels do not all follow.
+    asked = self.fused and not self.is_initializing()
+    if asked and first is None and not return_probabilities:
       mixed_BHLK = fused_attention.attend(
         q_BHLK, keys.k_BHMK, keys.v_BHMK, valid_BM, **how
       )

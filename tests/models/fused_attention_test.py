@@ -18,6 +18,8 @@ from jax._src.cudnn import fused_attention_stablehlo
 from glscl_jax import sharding
 from glscl_jax.config import MeshConfig
 from glscl_jax.models import attention, fused_attention, products
+from glscl_jax.systems import registry
+from tests import random_pairs, random_regions
 
 # queries, keys, valid keys of the three samples, causal
 CASES = {
@@ -146,7 +148,8 @@ def test_a_layer_asks_the_kernel_unless_its_probabilities_are_read(as_on_tpu):
   x_BLD = make_operands(125, 125, None)[0].reshape(3, 125, 128)
   valid_BM = np.arange(125)[None] < np.array([125, 7, 1])[:, None]
   layer = attention.Attention("float32", fused=True)
-  params = attention.Attention("float32").init(jax.random.key(0), x_BLD, x_BLD)
+  params = layer.init(jax.random.key(0), x_BLD, x_BLD)
+  assert not as_on_tpu
   call = functools.partial(layer.apply, params, x_BLD, x_BLD, valid_BM)
   found = call()
   assert len(as_on_tpu) == 1
@@ -187,6 +190,45 @@ def test_cudnn_refuses_no_shape(case, monkeypatch):
   )
   assert mixed.shape == q.shape
   assert [g.shape for g in grads] == [x.shape for x in operands]
+
+
+FUSED = {"fused_attention": True, "compute_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+  ("config", "make_batch"),
+  [
+    (random_pairs.config(depth=2, dropout=0.1, **FUSED), random_pairs.batch),
+    (random_pairs.maskvlm(**FUSED), random_pairs.batch),
+    (random_pairs.sycoca(**FUSED), random_pairs.batch),
+    (random_regions.config(**FUSED), random_regions.batch),
+  ],
+  ids=["glscl", "maskvlm", "sycoca", "cmal"],
+)
+def test_every_system_can_be_traced_with_cudnn(config, make_batch, monkeypatch):
+  monkeypatch.setattr(
+    fused_attention_stablehlo, "check_cudnn_version", lambda: 91000
+  )
+  monkeypatch.setattr(products, "platform", lambda: "gpu")
+  asked = []
+  cudnn = fused_attention.cudnn
+  monkeypatch.setattr(
+    fused_attention,
+    "cudnn",
+    lambda *a, **k: asked.append(a[0].shape) or cudnn(*a, **k),
+  )
+  system = registry.find(config)
+  params = jax.eval_shape(
+    functools.partial(system.init, config), jax.random.key(0)
+  )
+  grads, _ = jax.eval_shape(
+    random_pairs.gradient_function(config),
+    params,
+    make_batch(config),
+    jax.random.key(0),
+  )
+  assert asked
+  assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
 
 
 @pytest.mark.skipif(not shutil.which("nvidia-smi"), reason="needs a GPU")
