@@ -252,7 +252,9 @@ class ModelConfig:
   compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of products
   fused_attention: bool = False  # one kernel where the platform has one that
   # fits: cuDNN on GPU, splash on TPU; probabilities of attention are not
-  # dropped then, on any platform, other states are [choice]
+  # dropped then, on any platform, other states are [choice]. cuDNN may add up
+  # gradients in another order each time: a resume is bit-equal with
+  # XLA_FLAGS=--xla_gpu_deterministic_ops=true
   scan: bool = True  # one compiled body per stack of layers
   remat: Literal["none", "dots", "full"] = "full"  # what backward recomputes
 
@@ -707,6 +709,16 @@ class Config:
     _check_system(self)
     if self.objectives.mim > 0:
       _check_blocks(self.model.vision, self.masking.image_block_size)
+
+
+def at_length(config: Config, length: int) -> Config:
+  """The recipe of a step whose texts have `length` tokens, with padding."""
+  text = dataclasses.replace(config.model.text, max_length=length)
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, text=text),
+    data=dataclasses.replace(config.data, text_lengths=()),
+  )
 
 
 def _check_system(config: Config) -> None:

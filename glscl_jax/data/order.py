@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -93,15 +94,24 @@ class ByLength:
     self._seed = seed
     # The last epochs asked for: threads at a border ask for two.
     self._made: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    self._lock = threading.Lock()
 
   def __call__(self, position: int) -> Place:
     step, row = divmod(position, self._batch_size)
     epoch, batch = divmod(step, self._num_batches)
-    if epoch not in self._made:
-      kept = {e: made for e, made in self._made.items() if e >= epoch - 1}
-      self._made = {**kept, epoch: self._make(epoch)}
-    pair_NB, length_N = self._made[epoch]
+    with self._lock:
+      if epoch not in self._made:
+        kept = {e: made for e, made in self._made.items() if e >= epoch - 1}
+        self._made = {**kept, epoch: self._make(epoch)}
+      pair_NB, length_N = self._made[epoch]
     return Place(epoch, int(pair_NB[batch, row]), int(length_N[batch]))
+
+  def __getstate__(self) -> dict[str, Any]:
+    # Workers have locks of their own, and make the epochs that they read.
+    return {**self.__dict__, "_made": {}, "_lock": None}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state, _lock=threading.Lock())
 
   def _make(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of each batch, and its length."""
@@ -117,13 +127,3 @@ class ByLength:
       left_M = all_L[full:]
     order_N = rng.permutation(self._num_batches)
     return np.concatenate(pairs)[order_N], np.concatenate(lengths)[order_N]
-
-
-def at_length(config: config_lib.Config, length: int) -> config_lib.Config:
-  """The recipe of a step whose texts have `length` tokens, with padding."""
-  text = dataclasses.replace(config.model.text, max_length=length)
-  return dataclasses.replace(
-    config,
-    model=dataclasses.replace(config.model, text=text),
-    data=dataclasses.replace(config.data, text_lengths=()),
-  )

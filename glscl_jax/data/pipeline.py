@@ -4,8 +4,8 @@ A training example is one (image, caption) pair; an epoch is all pairs. Row k
 of the run shows the pair that `order.py` says, whatever the number of
 processes, threads or workers: process p of P makes rows [p B/P, (p+1) B/P) of
 each global batch of B, so the global batches are the same arrays too. All
-randomness of a row comes from (seed, epoch, pair), so a
-resumed run sees the same augmentation and the same masks.
+randomness of a row comes from (seed, epoch, pair), so a resumed run sees the
+same augmentation and the same masks.
 
 Bad records are replaced by others drawn from the row's own generator, and
 travel with the batch as flags, which the iterator counts and names.

@@ -6,6 +6,7 @@ Made by `launch/prepare.py`, used by the training pipeline and by evaluation.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import pathlib
 from collections.abc import Iterable
@@ -16,6 +17,8 @@ import numpy as np
 from glscl_jax.data import pairs, progress
 from glscl_jax.data import regions as regions_lib
 from glscl_jax.data import tokenizer as tokenizer_lib
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +172,12 @@ class Source:
     name = pairs.tokens_name(self._split, tokenizer.sha256)
     path = self._data_dir / name
     if not path.is_file():
+      _log.warning(
+        "%s has no %s: reading all records to count their tokens; to count them"
+        " once, make the directory again with launch/prepare.py --tokenizer",
+        self._data_dir,
+        name,
+      )
       return self.read_tokens(tokenizer)
     size = int(np.maximum(1, self.count_captions()).sum())
     return _load_counts(path, size, "token counts of {} captions")

@@ -12,12 +12,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-  splash_attention_kernel as splash_kernel,
-)
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-  splash_attention_mask as splash_mask,
-)
 from jax.sharding import PartitionSpec as P
 
 from glscl_jax import types
@@ -46,9 +40,13 @@ def attend(
   """Mixed values (B, H, L, K) in `dtype`, or None: no kernel fits.
 
   None on CPU; with cuDNN in float32; with splash where lengths are far from
-  multiples of 128; where the devices of a mesh do not divide the samples.
-  Every sample has a valid key.
+  multiples of 128; where the devices of a mesh do not divide the samples; and
+  without a mesh in jax's context, as in evaluation: XLA cannot cut a kernel,
+  and nobody says over which devices the samples are spread. Every sample has a
+  valid key.
   """
+  if jax.sharding.get_abstract_mesh().empty:
+    return None
   platform = products.platform()
   kernel: Kernel
   if platform == "tpu":
@@ -145,6 +143,9 @@ def splash(
   Lengths are filled up to whole blocks. Queries and valid keys are of segment
   1, the rest of segment 0, which no query that is kept belongs to.
   """
+  # Imported here: it is experimental, and only TPUs need it.
+  from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
   batch, heads, length, width = q_BHLK.shape
   num_keys = k_BHMK.shape[2]
   q_block, k_block = _block(length), _block(num_keys)
@@ -154,15 +155,15 @@ def splash(
   # Splash does not scale.
   q = _fill(q_BHLK * q_BHLK.dtype.type(width**-0.5), q_block, axis=2)
   k, v = (_fill(x, k_block, axis=2) for x in (k_BHMK, v_BHMK))
-  segments = splash_kernel.SegmentIds(
+  segments = kernels.SegmentIds(
     q=jnp.ones((batch, q.shape[2]), jnp.int32),
     kv=_fill(valid_BM.astype(jnp.int32), k_block, axis=1),
   )
-  make_mask = splash_mask.CausalMask if causal else splash_mask.FullMask
+  make_mask = kernels.CausalMask if causal else kernels.FullMask
   size = q.shape[2], k.shape[2]
-  one_sample = splash_kernel.make_splash_mha_single_device(
-    splash_mask.MultiHeadMask([make_mask(size) for _ in range(heads)]),
-    block_sizes=splash_kernel.BlockSizes(
+  one_sample = kernels.make_splash_mha_single_device(
+    kernels.MultiHeadMask([make_mask(size) for _ in range(heads)]),
+    block_sizes=kernels.BlockSizes(
       block_q=q_block,
       block_kv=k_block,
       block_q_dkv=q_block,

@@ -181,7 +181,12 @@ def compile_ahead(
       over it, or a step that does not fit into the memory of a chip.
   """
   devices = find_devices(topology)
-  if config.model.fused_attention and devices[0].platform != "tpu":
+  model = config.model
+  if (
+    model.fused_attention
+    and model.compute_dtype == "bfloat16"
+    and devices[0].platform != "tpu"
+  ):
     raise config_lib.ConfigError(
       "config.model.fused_attention: jax asks for the version of cuDNN, which "
       f"is not here, before it compiles for {topology}; set it to False"

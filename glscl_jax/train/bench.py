@@ -23,7 +23,7 @@ import numpy as np
 
 from glscl_jax import config as config_lib
 from glscl_jax import errors
-from glscl_jax.data import order, pipeline
+from glscl_jax.data import pipeline
 from glscl_jax.systems import registry
 from glscl_jax.train import loop, metrics
 from glscl_jax.train import state as state_lib
@@ -102,8 +102,8 @@ def bench(
     check_torch(config)
   if config.data.text_lengths:
     length = config.model.text.max_length
-    say(f"data.text_lengths: only the step of {length} tokens is timed")
-    config = order.at_length(config, length)
+    say(f"data.text_lengths: steps and batches of {length} tokens are timed")
+    config = config_lib.at_length(config, length)
   inputs = loop.open_inputs(config)
   try:
     mesh = inputs.mesh

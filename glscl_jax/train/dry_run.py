@@ -15,7 +15,7 @@ import jax
 
 from glscl_jax import config as config_lib
 from glscl_jax import sharding
-from glscl_jax.data import order, pipeline
+from glscl_jax.data import pipeline
 from glscl_jax.systems import registry
 from glscl_jax.train import checkpoint, initial, journal, loop, metrics, shapes
 from glscl_jax.train import state as state_lib
@@ -69,6 +69,9 @@ def dry_run(
       say(initial.format_merge(config.train.init_from, merge))
       initial.check_merge(config.train.init_from, merge)
     local = next(inputs.iterator)
+    if config.data.text_lengths:
+      length = config.model.text.max_length
+      say(f"data.text_lengths: FLOPs and memory are those of {length} tokens")
     per_sample = registry.find(config).forward(config).step
     say(
       f"model FLOPs a sample, forward and backward: {per_sample / 1e9:.3f} G; "
@@ -81,8 +84,9 @@ def dry_run(
   say(format_batch(batch))
   if config.data.text_lengths:
     length = config.model.text.max_length
-    say(f"below: the longest of its steps, of texts of {length} tokens")
-    batch = shapes.abstract_batch(order.at_length(config, length), inputs.mesh)
+    batch = shapes.abstract_batch(
+      config_lib.at_length(config, length), inputs.mesh
+    )
   lowered = step_lib.make_train_step(config, inputs.mesh).lower(
     abstract, batch, state_lib.run_key(config, inputs.mesh, "step")
   )

@@ -18,7 +18,6 @@ import jax
 
 from glscl_jax import config as config_lib
 from glscl_jax import errors
-from glscl_jax.data import order
 from glscl_jax.systems import registry
 from glscl_jax.train import checkpoint, metrics
 
@@ -87,11 +86,13 @@ class Journal:
   ) -> None:
     """Called when a step is compiled and about to run.
 
+    The first call of a run starts the clock that speeds are taken from.
+
     Args:
       step: updates done.
       compiled: the step of texts of `length` tokens.
       mesh: that it runs on.
-      length: as above; the first call of a run also starts the clock.
+      length: as above.
       seconds: that compiling it took.
     """
     if self._speed is None:
@@ -246,7 +247,7 @@ class Speed:
   def flops_per_sample(self, length: int) -> float:
     """Of the model in a step whose texts have `length` tokens."""
     if length not in self._per_sample:
-      config = order.at_length(self._config, length)
+      config = config_lib.at_length(self._config, length)
       self._per_sample[length] = registry.find(config).forward(config).step
     return self._per_sample[length]
 
@@ -355,7 +356,10 @@ def format_scores(step: int, scores: Mapping[str, float]) -> str:
 
 
 def format_data_report(report: Mapping[str, Any], max_length: int) -> str:
-  """What the iterator's report says of the rows, which it replaced and cut."""
+  """What the iterator's report says of the rows, which it replaced and cut.
+
+  With `data.text_lengths` one that replaced a bad record may be cut to less.
+  """
   return (
     f"data: {report['rows']} rows, {report['truncated']} captions cut to "
     f"{max_length} tokens, {report['bad_rows']} rows "

@@ -94,6 +94,6 @@ def test_lengths_that_make_no_sense_are_told(lengths, told):
 
 def test_one_length_is_a_recipe_without_lengths():
   config = config_lib.Config(data=config_lib.DataConfig(text_lengths=(16, 32)))
-  short = order.at_length(config, 16)
+  short = config_lib.at_length(config, 16)
   assert short.model.text.max_length == 16
   assert short.data.text_lengths == ()

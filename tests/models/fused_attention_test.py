@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
 
 from glscl_jax import sharding
 from glscl_jax.config import MeshConfig
@@ -30,7 +29,9 @@ CASES = {
   "odd lengths": (75, 131, None, False),
   "odd lengths, and padded keys": (75, 131, (131, 9, 2), False),
   "several blocks": (40, 1100, (1100, 1030, 3), False),
+  "a class after the padding": (140, 140, (100, 7, 1), True),
 }
+APPENDED = "a class after the padding"  # its last key is valid, as SyCoCa's
 
 
 def plain(q_BHLK, k_BHMK, v_BHMK, valid_BM, *, causal):
@@ -40,6 +41,22 @@ def plain(q_BHLK, k_BHMK, v_BHMK, valid_BM, *, causal):
   return products.batched_dot(
     "BHLM,BHMK->BHLK", p_BHLM, v_BHMK, dtype="float32"
   )
+
+
+def on_one_device():
+  """The context that a training step sets."""
+  return jax.set_mesh(
+    sharding.make_mesh(MeshConfig(), devices=jax.devices()[:1])
+  )
+
+
+def make_case(case):
+  """Operands of one of CASES, and whether it is causal."""
+  *sizes, causal = CASES[case]
+  q, k, v, valid_BM = make_operands(*sizes)
+  if case == APPENDED:
+    valid_BM[:, -1] = True
+  return (q, k, v, valid_BM), causal
 
 
 def make_operands(length, num_keys, counts, *, batch=3, heads=2):
@@ -69,8 +86,7 @@ def value_and_gradients(kernel, q, k, v, valid_BM):
 
 @pytest.mark.parametrize("case", CASES)
 def test_splash_is_the_plain_attention(case):
-  *sizes, causal = CASES[case]
-  operands = make_operands(*sizes)
+  operands, causal = make_case(case)
   splash = functools.partial(
     fused_attention.splash, causal=causal, interpret=True
   )
@@ -101,22 +117,25 @@ def as_on_tpu(monkeypatch):
   return seen
 
 
-@pytest.mark.parametrize(
-  "sizes, own",
-  [({"data": 2, "fsdp": 2, "tensor": 2}, 1), ({"data": 4, "tensor": 2}, 1)],
-  ids=str,
-)
+@pytest.mark.parametrize("counts", [(125, 9, 1, 50), None], ids=str)
+@pytest.mark.parametrize(("heads", "own"), [(2, 1), (3, 3)])
 def test_each_device_runs_the_kernel_on_its_samples_and_heads(
-  as_on_tpu, sizes, own
+  as_on_tpu, counts, heads, own
 ):
-  q, k, v, valid_BM = make_operands(100, 125, (125, 9, 1, 50), batch=4)
-  mesh = sharding.make_mesh(MeshConfig(**sizes))
-  attend = functools.partial(fused_attention.attend, dtype="float32")
-  with jax.set_mesh(mesh):
-    found = jax.jit(functools.partial(value_and_gradients, attend))(
-      q, k, v, valid_BM
-    )
-  assert set(as_on_tpu) == {(own, 1, 100, 64)}
+  q, k, v, valid_BM = make_operands(100, 125, counts, batch=4, heads=heads)
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+  def run(*operands):
+    # As a training step does.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      attend = functools.partial(fused_attention.attend, dtype="float32")
+      return value_and_gradients(attend, *operands)
+
+  spread = [jax.device_put(x, sharding.batch_sharding(mesh)) for x in (q, k, v)]
+  if valid_BM is not None:
+    valid_BM = jax.device_put(valid_BM, sharding.batch_sharding(mesh))
+  found = jax.jit(run)(*spread, valid_BM)
+  assert set(as_on_tpu) == {(1, own, 100, 64)}
   expected = value_and_gradients(
     functools.partial(plain, causal=False), q, k, v, valid_BM
   )
@@ -127,10 +146,17 @@ def test_each_device_runs_the_kernel_on_its_samples_and_heads(
 
 
 def test_no_kernel_where_padding_would_outweigh_it(as_on_tpu):
-  short = make_operands(50, 325, None)
-  assert fused_attention.attend(*short, dtype="float32") is None
-  long = make_operands(325, 325, None)
-  assert fused_attention.attend(*long, dtype="float32") is not None
+  short, long = make_operands(50, 325, None), make_operands(325, 325, None)
+  with on_one_device():
+    assert fused_attention.attend(*short, dtype="float32") is None
+    assert fused_attention.attend(*long, dtype="float32") is not None
+
+
+def test_no_kernel_where_nobody_says_how_samples_are_spread(as_on_tpu):
+  operands = make_operands(128, 128, None)
+  assert fused_attention.attend(*operands, dtype="float32") is None
+  with on_one_device():
+    assert fused_attention.attend(*operands, dtype="float32") is not None
 
 
 def test_no_kernel_where_devices_do_not_divide_the_samples(as_on_tpu):
@@ -141,7 +167,8 @@ def test_no_kernel_where_devices_do_not_divide_the_samples(as_on_tpu):
 
 def test_no_kernel_on_cpu():
   operands = make_operands(128, 128, None)
-  assert fused_attention.attend(*operands, dtype="float32") is None
+  with on_one_device():
+    assert fused_attention.attend(*operands, dtype="float32") is None
 
 
 def test_a_layer_asks_the_kernel_unless_its_probabilities_are_read(as_on_tpu):
@@ -151,9 +178,10 @@ def test_a_layer_asks_the_kernel_unless_its_probabilities_are_read(as_on_tpu):
   params = layer.init(jax.random.key(0), x_BLD, x_BLD)
   assert not as_on_tpu
   call = functools.partial(layer.apply, params, x_BLD, x_BLD, valid_BM)
-  found = call()
-  assert len(as_on_tpu) == 1
-  p_BHLM = call(return_probabilities=True)
+  with on_one_device():
+    found = call()
+    assert len(as_on_tpu) == 1
+    p_BHLM = call(return_probabilities=True)
   assert p_BHLM.shape == (3, 2, 125, 125) and len(as_on_tpu) == 1
   expected = attention.Attention("float32").apply(
     params, x_BLD, x_BLD, valid_BM
@@ -175,14 +203,20 @@ def test_a_fused_layer_drops_no_probabilities_on_any_platform():
   )
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_cudnn_refuses_no_shape(case, monkeypatch):
-  """Traced for a GPU that is not here: only its version is not asked for."""
+def pretend_cudnn(monkeypatch):
+  """jax asks for the version before it traces the kernel."""
+  from jax._src.cudnn import fused_attention_stablehlo
+
   monkeypatch.setattr(
     fused_attention_stablehlo, "check_cudnn_version", lambda: 91000
   )
-  *sizes, causal = CASES[case]
-  q, k, v, valid_BM = make_operands(*sizes)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cudnn_refuses_no_shape(case, monkeypatch):
+  """Traced for a GPU that is not here: only its version is not asked for."""
+  pretend_cudnn(monkeypatch)
+  (q, k, v, valid_BM), causal = make_case(case)
   operands = [x.astype(jnp.bfloat16) for x in (q, k, v)]
   kernel = functools.partial(fused_attention.cudnn, causal=causal)
   mixed, grads = jax.eval_shape(
@@ -206,9 +240,7 @@ FUSED = {"fused_attention": True, "compute_dtype": "bfloat16"}
   ids=["glscl", "maskvlm", "sycoca", "cmal"],
 )
 def test_every_system_can_be_traced_with_cudnn(config, make_batch, monkeypatch):
-  monkeypatch.setattr(
-    fused_attention_stablehlo, "check_cudnn_version", lambda: 91000
-  )
+  pretend_cudnn(monkeypatch)
   monkeypatch.setattr(products, "platform", lambda: "gpu")
   asked = []
   cudnn = fused_attention.cudnn
@@ -221,12 +253,13 @@ def test_every_system_can_be_traced_with_cudnn(config, make_batch, monkeypatch):
   params = jax.eval_shape(
     functools.partial(system.init, config), jax.random.key(0)
   )
-  grads, _ = jax.eval_shape(
-    random_pairs.gradient_function(config),
-    params,
-    make_batch(config),
-    jax.random.key(0),
-  )
+  with on_one_device():
+    grads, _ = jax.eval_shape(
+      random_pairs.gradient_function(config),
+      params,
+      make_batch(config),
+      jax.random.key(0),
+    )
   assert asked
   assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 from glscl_jax import config as config_lib
-from glscl_jax.data import order
 from glscl_jax.models import flops as model_flops
 from glscl_jax.objectives import contrastive
 from glscl_jax.systems import flops, glscl, glscl_flops
@@ -175,7 +174,7 @@ def test_base_costs_what_the_published_measurement_says():
   assert ours.fusion / 1e9 == pytest.approx(171, rel=0.005)
   assert ours.text / published.text == 3 / 6
   # G5: with the text in as many tokens as it needs, 16 of 50.
-  short = glscl_flops.forward(order.at_length(twelve, 16)).step
+  short = glscl_flops.forward(config_lib.at_length(twelve, 16)).step
   assert short <= 0.52 * (1 + flops.BACKWARD) * published.total
 
 

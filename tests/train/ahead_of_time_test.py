@@ -194,7 +194,7 @@ def test_cudnn_is_not_compiled_for_gpus_elsewhere(monkeypatch):
   monkeypatch.setattr(
     ahead_of_time, "find_devices", lambda topology: jax.devices()[:1]
   )
-  config = random_pairs.config(fused_attention=True)
+  config = random_pairs.config(fused_attention=True, compute_dtype="bfloat16")
   with pytest.raises(errors.UserError, match="fused_attention: .* h200:1x1"):
     ahead_of_time.compile_ahead(config, "h200:1x1")
 
