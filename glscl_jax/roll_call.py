@@ -415,16 +415,21 @@ def _gather(seat: Seat) -> tuple[dict[int, Line], list[str]]:
       if told is None:
         line.connection.close()  # a stranger
         continue
-      process = told["process"]
-      if process in lines and lines[process].is_closed():
-        close_all([lines.pop(process)])  # it ended, and came again
-        del names[process]
+      _forget_ended(lines, names)
       problem = _find_contradiction(seat, told, names)
       if problem is not None:
         _refuse([*lines.values(), line], problem)
-      lines[process], names[process] = line, told["name"]
+      lines[told["process"]], names[told["process"]] = line, told["name"]
+      _forget_ended(lines, names)
     stack.pop_all()
   return lines, [names[process] for process in range(seat.num_processes)]
+
+
+def _forget_ended(lines: dict[int, Line], names: dict[int, str]) -> None:
+  """Leaves the places of those that have ended to who comes again."""
+  for process in [p for p, line in lines.items() if line.is_closed()]:
+    close_all([lines.pop(process)])
+    del names[process]
 
 
 def _introduction(line: Line) -> dict[str, Any] | None:

@@ -229,7 +229,10 @@ def test_one_that_was_started_again_takes_its_old_place():
     old.send(process=1, of=3, name="old")
     time.sleep(0.2)
     old.connection.close()
-    guests = [threads.submit(join, seat(port, i, 3)) for i in (1, 2)]
+    # The other one comes first: the place of the old one is not taken as full.
+    guests = [threads.submit(join, seat(port, 2, 3))]
+    time.sleep(0.2)
+    guests.append(threads.submit(join, seat(port, 1, 3)))
     calls, _, ends = host.result(20)
     assert "old" not in calls._names and ends.empty()
     for guest in guests:
