@@ -113,6 +113,24 @@ def test_micro_batches_leave_fewer_activations(config):
   assert len(smaller) == 1 and half[smaller[0]] < 0.6 * whole[smaller[0]]
 
 
+def test_a_dry_run_of_several_lengths_shows_the_longest(config, tmp_path):
+  longest = config.model.text.max_length
+  data = dataclasses.replace(config.data, text_lengths=(4,))
+  told = []
+  dry_run.dry_run(
+    dataclasses.replace(config, data=data), tmp_path / "work", say=told.append
+  )
+  whole = []
+  dry_run.dry_run(config, tmp_path / "work", say=whole.append)
+  assert f"FLOPs and memory are those of {longest} tokens" in "\n".join(told)
+
+  def line(lines, word):
+    return next(text for text in lines if word in text)
+
+  for word in ("model FLOPs", "memory a device"):
+    assert line(told, word) == line(whole, word)
+
+
 def test_a_dry_run_warns_of_what_the_machine_and_the_data_cannot_give(config):
   inputs = types.SimpleNamespace(
     mesh=types.SimpleNamespace(size=2),
