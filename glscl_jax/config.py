@@ -256,7 +256,8 @@ class ModelConfig:
   # gradients in another order each time: a resume is bit-equal with
   # XLA_FLAGS=--xla_gpu_deterministic_ops=true
   scan: bool = True  # one compiled body per stack of layers
-  remat: Literal["none", "dots", "full"] = "full"  # what backward recomputes
+  remat: Literal["none", "dots", "full"] = "full"  # what backward recomputes:
+  # dots: all but the products with parameters
 
   def __post_init__(self):
     _check_positive(self, "joint_width", "init_std", "itc_temperature")

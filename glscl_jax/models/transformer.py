@@ -378,7 +378,7 @@ class PreCrossBlock(nn.Module):
 
 
 REMAT_POLICIES = {
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_only_these_names(products.PRODUCT),
   "full": None,
 }
 

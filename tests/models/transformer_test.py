@@ -1,6 +1,7 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,6 +73,34 @@ def test_scan_and_recomputation_change_no_number(options, params, inputs):
   expected = value_and_gradient(make_stack(), params, inputs)
   found = value_and_gradient(make_stack(**options), params, inputs)
   assert_same(expected, found)
+
+
+def count_products(stack, params, inputs):
+  """Products with parameters in the program of value and gradient."""
+
+  def walk(jaxpr):
+    for equation in jaxpr.eqns:
+      if equation.primitive.name == "dot_general":
+        (_, _), (batched, _) = equation.params["dimension_numbers"]
+        yield not batched
+      for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        yield from walk(inner)
+
+  def run(params):
+    return value_and_gradient(stack, params, inputs)
+
+  return sum(walk(jax.make_jaxpr(run)(params).jaxpr))
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_dots_recomputes_no_product_with_parameters(scan, params, inputs):
+  none, dots, full = (
+    count_products(make_stack(scan=scan, remat=remat), params, inputs)
+    for remat in ("none", "dots", "full")
+  )
+  bodies = 1 if scan else DEPTH
+  assert none == dots == 3 * 6 * bodies
+  assert full - none == 6 * bodies
 
 
 @pytest.mark.parametrize("scan", [True, False])
