@@ -39,7 +39,7 @@ LAYERS = [
   {"systems", "data", "sharding"},
   {"objectives", "models"},
   {"config", "types", "draws"},
-  {"atomic", "errors", "huge_pages", "processes", "roll_call"},
+  {"atomic", "errors", "processes", "roll_call", "xla_on_cpu"},
 ]
 LEVEL = {name: -row for row, names in enumerate(LAYERS) for name in names}
 PURE = {"objectives"}  # functions of arrays: may import TYPES alone

@@ -47,24 +47,31 @@ def train_step(
   )
   grad_norm = optax.tree.norm(grads)
   transform = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
-  updates, opt_state = transform.update(grads, state.opt_state, state.params)
-  params = clamp_temperature(optax.apply_updates(state.params, updates), config)
+
+  def update(params, opt_state):
+    updates, opt_state = transform.update(grads, opt_state, params)
+    moved = clamp_temperature(optax.apply_updates(params, updates), config)
+    return moved, opt_state, optax.tree.norm(updates)
+
+  def keep(params, opt_state):
+    return params, opt_state, jnp.zeros_like(grad_norm)
+
   finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-
-  def keep_if_finite(new, old):
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-
+  # A branch, not a choice of each number: XLA then updates in place.
+  params, opt_state, update_norm = jax.lax.cond(
+    finite, update, keep, state.params, state.opt_state
+  )
   next_state = TrainState(
     step=state.step + 1,
-    params=keep_if_finite(params, state.params),
-    opt_state=keep_if_finite(opt_state, state.opt_state),
+    params=params,
+    opt_state=opt_state,
     num_skipped=state.num_skipped + (~finite).astype(jnp.int32),
   )
   schedule = optimizer.make_schedule(config.optimizer, config.train.num_steps)
   return next_state, metrics | {
     "grad_norm": grad_norm,
-    "param_norm": optax.tree.norm(next_state.params),
-    "update_norm": optax.tree.norm(updates),
+    "param_norm": optax.tree.norm(params),
+    "update_norm": update_norm,
     "learning_rate": schedule(state.step - state.num_skipped),
     "num_skipped": next_state.num_skipped,
   }
