@@ -1,8 +1,9 @@
 """Images and captions: decoding, training-time augmentation, resizing.
 
 Everything works on (rows, columns, 3) uint8 RGB and stays uint8: the device
-normalises. Resizing is Pillow's bicubic, which antialiases; OpenCV does the
-rest, single-threaded because the pipeline has threads of its own.
+normalises. Resizing is Pillow's bicubic, which antialiases, unless training
+asks for a faster one; OpenCV does the rest, single-threaded because the
+pipeline has threads of its own.
 """
 
 from __future__ import annotations
@@ -74,6 +75,23 @@ def resize(image_YXC: np.ndarray, *, size: int) -> np.ndarray:
   return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
+def resize_fast(image_YXC: np.ndarray, *, size: int) -> np.ndarray:
+  """OpenCV's, to (size, size), in a fifth of the time of `resize`.
+
+  Cubic without antialiasing, which a picture does not need that hardly
+  shrinks; means of areas from 1.5 to 1 on.
+  """
+  strong = max(image_YXC.shape[:2]) > 1.5 * size
+  return cv2.resize(
+    image_YXC,
+    (size, size),
+    interpolation=cv2.INTER_AREA if strong else cv2.INTER_CUBIC,
+  )
+
+
+RESIZE = {"pillow": resize, "opencv": resize_fast}
+
+
 def augment(
   rng: np.random.Generator,
   image_YXC: np.ndarray,
@@ -102,8 +120,8 @@ def augment(
     image_YXC = random_crop(rng, image_YXC, config=config)
   # The coin is drawn in every mode, so that modes share all other draws.
   if rng.random() < 0.5 and may_flip(caption, mode=config.hflip):
-    image_YXC = image_YXC[:, ::-1]
-  image_YXC = resize(image_YXC, size=size)
+    image_YXC = cv2.flip(image_YXC, 1)
+  image_YXC = RESIZE[config.resize](image_YXC, size=size)
   if config.recolor:
     image_YXC = recolor(rng, image_YXC, strength=config.recolor)
   return image_YXC

@@ -12,7 +12,9 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +32,8 @@ from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib
 
 WARM_UP = 3  # steps, and batches, before anything is timed
+PRECISIONS = ("float32", "bfloat16")  # of PyTorch's step
+MIN_SAMPLES = 512  # of the data alone that are timed: single rows are noisy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,8 @@ class Figures:
   data_wait: float  # share of the time in which steps wait for batches
   peak_rss_mib: float  # of this process, before anything else is timed
   torch: Mapping[str, Baseline]  # by precision; empty: not asked for
+  # Images alone, by DataLoader and Pillow; None: not asked for.
+  torch_images_per_second: float | None
 
   def to_json(self) -> str:
     """As one object."""
@@ -91,7 +97,7 @@ def bench(
 
   Args:
     config: the run's; nothing is written.
-    num_steps: steps, and batches, that are timed.
+    num_steps: steps, each with a batch of its own too, that are timed.
     against_torch: time PyTorch's step too (`torch_baseline.py`).
     say: called with each stage.
 
@@ -120,14 +126,15 @@ def bench(
     compiled = time.perf_counter() - started
     say(f"compiled in {compiled:.1f} s; timing {num_steps} steps")
     state, seconds = _time_steps(step, state, batch, key, num_steps)
-    say(f"timing {num_steps} batches of the pipeline")
+    size = config.data.batch_size
+    num_batches = max(num_steps, math.ceil(MIN_SAMPLES / size))
+    say(f"timing {num_batches} batches of the pipeline")
     ahead = count_ahead(config.data)
-    data_seconds = _time_data(inputs.iterator, num_steps, ahead=ahead)
+    data_seconds = _time_data(inputs.iterator, num_batches, ahead=ahead)
     say(f"timing {num_steps} steps, each with a batch of its own")
     data_wait = _time_both(step, state, inputs, key, num_steps)
   finally:
     inputs.iterator.close()
-  size = config.data.batch_size
   flops = registry.find(config).forward(config).step
   rate = size / seconds.median * flops
   dtype = config.model.compute_dtype
@@ -138,9 +145,11 @@ def bench(
   )
   memory = step.memory_analysis()
   rss = metrics.peak_rss_mib()
-  torch = {}
+  torch, torch_images = {}, None
   if against_torch:
     del state, batch  # leave the memory to the others
+    say(f"timing {num_batches} batches of PyTorch's images")
+    torch_images = size / _time_torch_data(config, num_batches)
     torch = _time_torch(config, local, seconds, rss, num_steps, say)
   return Figures(
     system=config.system,
@@ -162,6 +171,7 @@ def bench(
     data_wait=data_wait,
     peak_rss_mib=rss,
     torch=torch,
+    torch_images_per_second=torch_images,
   )
 
 
@@ -185,6 +195,7 @@ def format_figures(found: Figures) -> str:
       f"  compile   {found.compile_seconds:.1f} s",
       f"  data      {found.data_samples_per_second:.1f} samples/s alone; steps "
       f"wait {100 * found.data_wait:.1f} % of the time",
+      *_format_images(found),
       *(
         f"  PyTorch   {name}: {1e3 * other.step_seconds.median:.1f} ms median, "
         f"{other.speed:.2f} times ours; peak {other.peak_rss_mib:.0f} MiB, "
@@ -193,6 +204,16 @@ def format_figures(found: Figures) -> str:
       ),
     ]
   )
+
+
+def _format_images(found: Figures) -> list[str]:
+  rate = found.torch_images_per_second
+  if rate is None:
+    return []
+  return [
+    f"  PyTorch   images: {rate:.1f} a second; the pipeline, which reads "
+    f"texts too, {found.data_samples_per_second / rate:.2f} times as many"
+  ]
 
 
 def check_torch(config: config_lib.Config) -> None:
@@ -225,26 +246,16 @@ def _time_torch(
   from glscl_jax.train import torch_baseline  # an extra of this bench alone
 
   found = {}
-  # In processes of their own: peaks of memory are those of each.
-  context = multiprocessing.get_context("spawn")
-  for precision in torch_baseline.PRECISIONS:
+  for precision in PRECISIONS:
     say(f"timing {num_steps} steps of PyTorch in {precision}")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-      asked = pool.submit(
-        torch_baseline.time_steps,
-        config,
-        dict(local),
-        precision=precision,
-        num_steps=num_steps,
-        num_warm=WARM_UP,
-      )
-      try:
-        timing = asked.result()
-      except concurrent.futures.process.BrokenProcessPool as error:
-        raise errors.UserError(
-          "--against=torch: PyTorch's process was ended, most likely for want "
-          "of memory; lower --config.data.batch_size"
-        ) from error
+    timing = _run_alone(
+      torch_baseline.time_steps,
+      config,
+      dict(local),
+      precision=precision,
+      num_steps=num_steps,
+      num_warm=WARM_UP,
+    )
     seconds = _spread(timing.seconds)
     found[precision] = Baseline(
       step_seconds=seconds,
@@ -253,6 +264,31 @@ def _time_torch(
       memory=rss / timing.peak_rss_mib,
     )
   return found
+
+
+def _time_torch_data(config: config_lib.Config, num_batches: int) -> float:
+  from glscl_jax.train import torch_baseline
+
+  return _run_alone(
+    torch_baseline.time_data,
+    config,
+    num_batches=num_batches,
+    num_workers=os.cpu_count(),
+  )
+
+
+def _run_alone(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+  """In a process of its own, whose peak of memory is its own too."""
+  context = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+    asked = pool.submit(function, *args, **options)
+    try:
+      return asked.result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+      raise errors.UserError(
+        "--against=torch: PyTorch's process was ended, most likely for want "
+        "of memory; lower --config.data.batch_size"
+      ) from error
 
 
 def _spread(seconds: Sequence[float]) -> Spread:

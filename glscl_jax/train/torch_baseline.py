@@ -1,26 +1,29 @@
-"""The step of GLSCL as it was published, in plain PyTorch: what to be beaten.
+"""GLSCL as it was published, step and images, in plain PyTorch: to be beaten.
 
 Every objective encodes and fuses what it reads by itself: 6 image and 6 text
 encodings, 5 fusion passes, the vocabulary on every position. Parameters, batch
 and objectives are those of the recipe, but that other pictures of one thing are
-negatives here. Attention is PyTorch's `scaled_dot_product_attention`.
+negatives here. Attention is PyTorch's `scaled_dot_product_attention`. Images
+are read by Pillow in the processes of a DataLoader.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import itertools
 import time
 from collections.abc import Mapping
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from glscl_jax import config as config_lib
+from glscl_jax.data import sources, transforms
 from glscl_jax.train import metrics
-
-PRECISIONS = ("float32", "bfloat16")  # the second by autocast
 
 
 class Attention(nn.Module):
@@ -302,7 +305,7 @@ def time_steps(
   Args:
     config: one that `check` accepts.
     batch: of the recipe's pipeline.
-    precision: of PRECISIONS.
+    precision: float32, or bfloat16 by autocast.
     num_steps: that are timed.
     num_warm: before them.
   """
@@ -333,3 +336,74 @@ def time_steps(
     loss=total.item(),
     peak_rss_mib=metrics.peak_rss_mib(),
   )
+
+
+class Pictures(torch.utils.data.Dataset):
+  """Images alone: decoded, cropped, mirrored, resized, as float32.
+
+  Crops are those of the recipe; RandAugment and the like are left out.
+  """
+
+  def __init__(self, config: config_lib.Config):
+    self.source = sources.open_source(config.data.dir, config.data.train_split)
+    self.augment = config.data.augment
+    self.size = config.model.vision.image_size
+    self.mean, self.std = (
+      np.array(value, np.float32)
+      for value in (config.data.mean, config.data.std)
+    )
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index: int) -> torch.Tensor:
+    rng = np.random.default_rng(index)
+    image = Image.open(io.BytesIO(self.source[index].image)).convert("RGB")
+    top, left, height, width = transforms.crop_box(
+      rng,
+      image.height,
+      image.width,
+      scale=self.augment.crop_scale,
+      ratio=self.augment.crop_ratio,
+    )
+    image = image.crop((left, top, left + width, top + height))
+    image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+    if rng.random() < 0.5:
+      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    unit_YXC = (np.asarray(image, np.float32) / 255 - self.mean) / self.std
+    return torch.from_numpy(unit_YXC.transpose(2, 0, 1).copy())
+
+
+def time_data(
+  config: config_lib.Config,
+  *,
+  num_batches: int,
+  num_workers: int,
+) -> float:
+  """Seconds a batch of `Pictures`, with nothing else to do.
+
+  Args:
+    config: whose images, crops and batch size.
+    num_batches: that are timed.
+    num_workers: processes.
+  """
+  pictures = Pictures(config)
+  ahead = 4 * num_workers  # batches, more than the queues hold
+  loader = torch.utils.data.DataLoader(
+    pictures,
+    config.data.batch_size,
+    sampler=torch.utils.data.RandomSampler(
+      pictures,
+      replacement=True,
+      num_samples=(ahead + num_batches + ahead) * config.data.batch_size,
+    ),
+    num_workers=num_workers,
+    multiprocessing_context="spawn",  # jax, which is here, has threads
+  )
+  batches = iter(loader)
+  for _ in itertools.islice(batches, ahead):
+    pass
+  started = time.perf_counter()
+  for _ in itertools.islice(batches, num_batches):
+    pass
+  return (time.perf_counter() - started) / num_batches

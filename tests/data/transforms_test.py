@@ -127,6 +127,31 @@ def test_resize_is_antialiased_bicubic_without_keeping_the_aspect():
   assert abs(transforms.resize(board, size=16).astype(int) - 127).max() <= 3
 
 
+@pytest.mark.parametrize("shape", [(40, 60), (70, 50), (100, 400)])
+def test_the_fast_resize_is_close_to_the_exact_one(shape):
+  image = cv2.GaussianBlur(make_image(*shape), (5, 5), 0)
+  fast = transforms.resize_fast(image, size=48).astype(int)
+  exact = transforms.resize(image, size=48).astype(int)
+  assert fast.shape == exact.shape
+  assert abs(fast - exact).mean() < 3
+
+
+def test_the_fast_resize_does_not_alias_where_it_shrinks_much():
+  board = np.indices((64, 64)).sum(0) % 2 * 255
+  board = np.repeat(board[:, :, None], 3, axis=2).astype(np.uint8)
+  assert (
+    abs(transforms.resize_fast(board, size=16).astype(int) - 127).max() <= 3
+  )
+
+
+def test_training_views_are_resized_as_asked():
+  image = make_image(48, 48)
+  fast = dataclasses.replace(PLAIN, resize="opencv")
+  assert np.array_equal(
+    augment(image, config=fast), transforms.resize_fast(image, size=32)
+  )
+
+
 def test_resize_to_the_same_size_changes_nothing():
   image = make_image(32, 32)
   assert np.array_equal(transforms.resize(image, size=32), image)

@@ -11,11 +11,13 @@ from absl import flags
 from launch import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+JOIN = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
 START = """
 import os, runpy, sys
 
 def begin_anew(program, arguments):
   print(*{"jax", "flax", "grain", "numpy"} & set(sys.modules))
+  print(os.environ["XLA_FLAGS"])
   sys.exit(7)
 
 os.execv = begin_anew
@@ -27,18 +29,28 @@ runpy.run_path("launch/train.py", run_name="__main__")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a glibc tunable")
-def test_the_process_begins_anew_before_it_imports_what_is_slow():
+@pytest.mark.parametrize(
+  ("asked", "found"),
+  [
+    ("", [JOIN]),
+    ("--xla_dump_to=x", ["--xla_dump_to=x", JOIN]),
+    ("--xla_backend_extra_options=x", ["--xla_backend_extra_options=x"]),
+  ],
+)
+def test_the_process_begins_anew_before_it_imports_what_is_slow(asked, found):
   done = subprocess.run(
     [sys.executable, "-c", START],
     capture_output=True,
     text=True,
     timeout=60,
     cwd=ROOT,
-    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": asked},
     check=False,
   )
   assert done.returncode == 7, done.stderr
-  assert done.stdout == "\n"
+  slow, flags = done.stdout.splitlines()
+  assert not slow
+  assert flags.split() == found
 
 
 def test_compile_without_a_dry_run_is_refused(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,18 @@ def batch(mesh):
 
 
 @pytest.fixture(scope="module")
-def train_step(mesh, batch):
-  key = state_lib.run_key(CONFIG, mesh, "step")
+def compiled(mesh, batch):
   lowered = step_lib.make_train_step(CONFIG, mesh).lower(
-    state_lib.abstract_state(CONFIG, mesh), batch, key
+    state_lib.abstract_state(CONFIG, mesh),
+    batch,
+    state_lib.run_key(CONFIG, mesh, "step"),
   )
-  compiled = lowered.compile()
+  return lowered.compile()
+
+
+@pytest.fixture(scope="module")
+def train_step(mesh, compiled):
+  key = state_lib.run_key(CONFIG, mesh, "step")
   return lambda state, batch: compiled(state, batch, key)
 
 
@@ -183,6 +190,15 @@ def test_each_step_has_its_own_randomness():
 def test_the_state_is_donated(train_step, state, batch):
   train_step(state, batch)
   assert state.params["text"]["word_embedding"].is_deleted()
+
+
+def test_the_state_is_updated_where_it_lies(compiled):
+  """XLA used to copy all of it first, to read it several times."""
+  entry = compiled.as_text().partition("ENTRY")[2]
+  state = entry.partition("->")[0]
+  assert re.search(r"f32\[64,64\]", state)
+  copied = re.findall(r"= (f32\S+) copy\(%state_\S+\)", entry)
+  assert not [shape for shape in copied if re.search(r"\d{2},", shape)]
 
 
 def test_runs_that_differ_in_their_seed_share_a_compiled_step(mesh, batch):

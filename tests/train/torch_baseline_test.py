@@ -1,9 +1,14 @@
 """The published step in PyTorch; runs where PyTorch is installed."""
 
+import dataclasses
+import io
+
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from glscl_jax.data import pairs
 from tests import random_pairs
 
 torch = pytest.importorskip("torch")
@@ -50,3 +55,33 @@ def test_every_objective_encodes_what_it_reads_by_itself(monkeypatch):
     "fuse": 5,
   }
   assert len(timing.seconds) == 2 and np.isfinite(timing.loss)
+
+
+def test_images_come_as_normalised_numbers_of_the_recipe_size(tmp_path):
+  def encode(colour):
+    out = io.BytesIO()
+    Image.new("RGB", (60, 40), colour).save(out, "PNG")
+    return out.getvalue()
+
+  colours = [(255, 0, 128), (0, 64, 255), (9, 9, 9)]
+  pairs.write(
+    tmp_path / "data",
+    splits={
+      "train": lambda: (
+        pairs.Record(id=str(i), split="train", image=encode(c), captions=("a",))
+        for i, c in enumerate(colours)
+      )
+    },
+    source={"kind": "test"},
+    finish=lambda directory, manifest: None,
+  )
+  data = dataclasses.replace(CONFIG.data, dir=str(tmp_path / "data"))
+  config = dataclasses.replace(CONFIG, data=data)
+  pictures = torch_baseline.Pictures(config)
+  assert len(pictures) == 3
+  size = config.model.vision.image_size
+  for picture, colour in zip(pictures, colours, strict=False):
+    expected = (np.array(colour) / 255 - config.data.mean) / config.data.std
+    assert picture.shape == (3, size, size)
+    np.testing.assert_allclose(picture[:, 3, 5], expected, atol=1e-5)
+  assert torch_baseline.time_data(config, num_batches=2, num_workers=1) > 0
