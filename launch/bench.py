@@ -16,10 +16,10 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from glscl_jax import xla_on_cpu
+from glscl_jax import huge_pages
 
 if __name__ == "__main__":
-  xla_on_cpu.prepare()  # may start anew, so before what takes long to import
+  huge_pages.use()  # starts anew, so before all that takes long to import
 
 # Before jax is imported: its C++ log is for its developers.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

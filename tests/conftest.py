@@ -19,8 +19,6 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_cpu_use_fusion_emitters=false"
     if importlib.metadata.version("jaxlib").startswith("0.10.")
     else "",
-    # As commands do (`glscl_jax/xla_on_cpu.py`).
-    "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion",
     os.environ.get("XLA_FLAGS", ""),
   )
 )

@@ -39,7 +39,7 @@ LAYERS = [
   {"systems", "data", "sharding"},
   {"objectives", "models"},
   {"config", "types", "draws"},
-  {"atomic", "errors", "processes", "roll_call", "xla_on_cpu"},
+  {"atomic", "errors", "huge_pages", "processes", "roll_call"},
 ]
 LEVEL = {name: -row for row, names in enumerate(LAYERS) for name in names}
 PURE = {"objectives"}  # functions of arrays: may import TYPES alone

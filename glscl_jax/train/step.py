@@ -47,20 +47,16 @@ def train_step(
   )
   grad_norm = optax.tree.norm(grads)
   transform = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
-
-  def update(params, opt_state):
-    updates, opt_state = transform.update(grads, opt_state, params)
-    moved = clamp_temperature(optax.apply_updates(params, updates), config)
-    return moved, opt_state, optax.tree.norm(updates)
-
-  def keep(params, opt_state):
-    return params, opt_state, jnp.zeros_like(grad_norm)
-
   finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-  # A branch, not a choice of each number: XLA then updates in place.
-  params, opt_state, update_norm = jax.lax.cond(
-    finite, update, keep, state.params, state.opt_state
+  # A branch that ends with the updates: XLA then writes them once, and moments
+  # and parameters in place, instead of copying the state to read it again.
+  updates, opt_state = jax.lax.cond(
+    finite,
+    lambda old: transform.update(grads, old, state.params),
+    lambda old: (jax.tree.map(jnp.zeros_like, grads), old),
+    state.opt_state,
   )
+  params = clamp_temperature(optax.apply_updates(state.params, updates), config)
   next_state = TrainState(
     step=state.step + 1,
     params=params,
@@ -71,7 +67,7 @@ def train_step(
   return next_state, metrics | {
     "grad_norm": grad_norm,
     "param_norm": optax.tree.norm(params),
-    "update_norm": update_norm,
+    "update_norm": optax.tree.norm(updates),
     "learning_rate": schedule(state.step - state.num_skipped),
     "num_skipped": next_state.num_skipped,
   }

@@ -11,13 +11,11 @@ from absl import flags
 from launch import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-JOIN = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
 START = """
 import os, runpy, sys
 
 def begin_anew(program, arguments):
   print(*{"jax", "flax", "grain", "numpy"} & set(sys.modules))
-  print(os.environ["XLA_FLAGS"])
   sys.exit(7)
 
 os.execv = begin_anew
@@ -29,28 +27,18 @@ runpy.run_path("launch/train.py", run_name="__main__")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a glibc tunable")
-@pytest.mark.parametrize(
-  ("asked", "found"),
-  [
-    ("", [JOIN]),
-    ("--xla_dump_to=x", ["--xla_dump_to=x", JOIN]),
-    ("--xla_backend_extra_options=x", ["--xla_backend_extra_options=x"]),
-  ],
-)
-def test_the_process_begins_anew_before_it_imports_what_is_slow(asked, found):
+def test_the_process_begins_anew_before_it_imports_what_is_slow():
   done = subprocess.run(
     [sys.executable, "-c", START],
     capture_output=True,
     text=True,
     timeout=60,
     cwd=ROOT,
-    env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": asked},
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
     check=False,
   )
   assert done.returncode == 7, done.stderr
-  slow, flags = done.stdout.splitlines()
-  assert not slow
-  assert flags.split() == found
+  assert done.stdout == "\n"
 
 
 def test_compile_without_a_dry_run_is_refused(tmp_path):
