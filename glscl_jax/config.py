@@ -505,8 +505,8 @@ class AugmentConfig:
   randaugment_ops: int = 0  # operations an image
   randaugment_magnitude: float = 9.0  # of 30
   color: bool = True  # False drops the colour operations
-  resize: Literal["pillow", "opencv"] = "pillow"  # opencv: not antialiased
-  # where a picture hardly shrinks, and five times as fast [choice]
+  resize: Literal["pillow", "opencv"] = "pillow"  # opencv: faster, and not
+  # antialiased where a side hardly shrinks [choice]
   warp: float = 0.0  # up to 2; strength of a random affine map that takes the
   # place of the crop; for drawings, 0: none [choice]
   recolor: float = 0.0  # up to 1; deviation of a random mix of the three

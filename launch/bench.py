@@ -5,8 +5,8 @@ r"""Measures how fast a recipe trains on this machine.
 
 Takes what launch/train.py takes, and trains nothing that is kept.
 --against=torch times the published step in PyTorch on the same batch too, on
-the CPU, and prints ratios. Exit code 0: done. 2: `error: ...` says what to
-change.
+the CPU, and its images, and prints ratios. Exit code 0: done. 2: `error: ...`
+says what to change.
 """
 
 from __future__ import annotations

@@ -384,6 +384,7 @@ def view_augment(config: config_lib.Config) -> config_lib.AugmentConfig:
     recolor=0.0,
     randaugment_ops=0,
     hflip="off",
+    resize="pillow",  # as the whole image is
   )
 
 

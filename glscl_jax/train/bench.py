@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +31,7 @@ from glscl_jax.train import state as state_lib
 from glscl_jax.train import step as step_lib
 
 WARM_UP = 3  # steps, and batches, before anything is timed
-PRECISIONS = ("float32", "bfloat16")  # of PyTorch's step
-MIN_SAMPLES = 512  # of the data alone that are timed: single rows are noisy
+MIN_SAMPLES = 512  # that are timed, at least, of the data alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,8 +95,8 @@ def bench(
 
   Args:
     config: the run's; nothing is written.
-    num_steps: steps, each with a batch of its own too, that are timed.
-    against_torch: time PyTorch's step too (`torch_baseline.py`).
+    num_steps: timed steps, alone and with data.
+    against_torch: time PyTorch's step and images too (`torch_baseline.py`).
     say: called with each stage.
 
   Raises:
@@ -148,8 +146,7 @@ def bench(
   torch, torch_images = {}, None
   if against_torch:
     del state, batch  # leave the memory to the others
-    say(f"timing {num_batches} batches of PyTorch's images")
-    torch_images = size / _time_torch_data(config, num_batches)
+    torch_images = _time_torch_images(config, say)
     torch = _time_torch(config, local, seconds, rss, num_steps, say)
   return Figures(
     system=config.system,
@@ -246,7 +243,7 @@ def _time_torch(
   from glscl_jax.train import torch_baseline  # an extra of this bench alone
 
   found = {}
-  for precision in PRECISIONS:
+  for precision in torch_baseline.PRECISIONS:
     say(f"timing {num_steps} steps of PyTorch in {precision}")
     timing = _run_alone(
       torch_baseline.time_steps,
@@ -266,19 +263,28 @@ def _time_torch(
   return found
 
 
-def _time_torch_data(config: config_lib.Config, num_batches: int) -> float:
+def _time_torch_images(
+  config: config_lib.Config, say: Callable[[str], None]
+) -> float:
   from glscl_jax.train import torch_baseline
 
+  # As many as make rows here.
+  num_workers = config.data.num_workers or config.data.num_threads
+  say(f"timing PyTorch's images, by {num_workers} processes")
   return _run_alone(
-    torch_baseline.time_data,
+    torch_baseline.time_images,
     config,
-    num_batches=num_batches,
-    num_workers=os.cpu_count(),
+    num_images=MIN_SAMPLES,
+    num_workers=num_workers,
   )
 
 
 def _run_alone(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-  """In a process of its own, whose peak of memory is its own too."""
+  """Runs in a process of its own, whose peak of memory is its own too.
+
+  Raises:
+    UserError: of `function`, or the process was ended.
+  """
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
     asked = pool.submit(function, *args, **options)

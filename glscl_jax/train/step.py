@@ -11,6 +11,7 @@ import optax
 
 from glscl_jax import sharding
 from glscl_jax.config import Config
+from glscl_jax.models import products
 from glscl_jax.train import accumulate, optimizer
 from glscl_jax.train.state import TrainState, abstract_state
 from glscl_jax.types import Batch
@@ -35,8 +36,8 @@ def train_step(
   steps.
 
   A non-finite loss or gradient norm leaves parameters and optimizer, with its
-  place in the schedule, as they are and is counted; the loop decides when to
-  give up.
+  place in the schedule, as they are and is counted (the temperature is kept in
+  its range even then); the loop decides when to give up. `update_norm` is 0.
   """
   grads, metrics = accumulate.gradients(
     state.params,
@@ -48,12 +49,11 @@ def train_step(
   grad_norm = optax.tree.norm(grads)
   transform = optimizer.make_optimizer(config.optimizer, config.train.num_steps)
   finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-  # A branch that ends with the updates: XLA then writes them once, and moments
-  # and parameters in place, instead of copying the state to read it again.
-  updates, opt_state = jax.lax.cond(
+  updates, opt_state = products.choose(
     finite,
     lambda old: transform.update(grads, old, state.params),
-    lambda old: (jax.tree.map(jnp.zeros_like, grads), old),
+    # x + -0.0 is x to the bit, for -0.0 too.
+    lambda old: (jax.tree.map(lambda g: jnp.full_like(g, -0.0), grads), old),
     state.opt_state,
   )
   params = clamp_temperature(optax.apply_updates(state.params, updates), config)

@@ -22,8 +22,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from glscl_jax import config as config_lib
+from glscl_jax import errors
 from glscl_jax.data import sources, transforms
 from glscl_jax.train import metrics
+
+PRECISIONS = ("float32", "bfloat16")  # the second by autocast
+IMAGES_PER_BATCH = 16  # of the images alone: 16 MB a batch at 288 px
 
 
 class Attention(nn.Module):
@@ -305,7 +309,7 @@ def time_steps(
   Args:
     config: one that `check` accepts.
     batch: of the recipe's pipeline.
-    precision: float32, or bfloat16 by autocast.
+    precision: of PRECISIONS.
     num_steps: that are timed.
     num_warm: before them.
   """
@@ -374,36 +378,48 @@ class Pictures(torch.utils.data.Dataset):
     return torch.from_numpy(unit_YXC.transpose(2, 0, 1).copy())
 
 
-def time_data(
+def time_images(
   config: config_lib.Config,
   *,
-  num_batches: int,
+  num_images: int,
   num_workers: int,
 ) -> float:
-  """Seconds a batch of `Pictures`, with nothing else to do.
+  """`Pictures` a second, with nothing else to do.
 
   Args:
-    config: whose images, crops and batch size.
-    num_batches: that are timed.
+    config: whose images and crops.
+    num_images: that are timed, at least.
     num_workers: processes.
+
+  Raises:
+    UserError: a process was ended.
   """
   pictures = Pictures(config)
-  ahead = 4 * num_workers  # batches, more than the queues hold
+  num_batches = -(-num_images // IMAGES_PER_BATCH)
+  # Batches, more than the queues hold: before, so that none that was made while
+  # processes started counts; after, so that all work to the end.
+  ahead = 4 * num_workers
   loader = torch.utils.data.DataLoader(
     pictures,
-    config.data.batch_size,
+    IMAGES_PER_BATCH,
     sampler=torch.utils.data.RandomSampler(
       pictures,
       replacement=True,
-      num_samples=(ahead + num_batches + ahead) * config.data.batch_size,
+      num_samples=(ahead + num_batches + ahead) * IMAGES_PER_BATCH,
     ),
     num_workers=num_workers,
     multiprocessing_context="spawn",  # jax, which is here, has threads
   )
   batches = iter(loader)
-  for _ in itertools.islice(batches, ahead):
-    pass
-  started = time.perf_counter()
-  for _ in itertools.islice(batches, num_batches):
-    pass
-  return (time.perf_counter() - started) / num_batches
+  try:
+    for _ in itertools.islice(batches, ahead):
+      pass
+    started = time.perf_counter()
+    for _ in itertools.islice(batches, num_batches):
+      pass
+  except RuntimeError as error:  # a process was ended
+    raise errors.UserError(
+      f"--against=torch: PyTorch's images: {error}; its processes hand batches "
+      "over in /dev/shm, which may be small"
+    ) from error
+  return num_batches * IMAGES_PER_BATCH / (time.perf_counter() - started)

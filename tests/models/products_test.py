@@ -11,6 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from glscl_jax.models import products
@@ -175,3 +176,52 @@ def test_a_tied_table_is_multiplied_in_bfloat16_on_one_cpu_device():
   )
   assert done.returncode == 0, done.stderr
   assert json.loads(done.stdout) == [1518.0, 24.0]
+
+
+def adam(choose):
+  """A compiled update of a million numbers, if they are finite."""
+  transform = optax.adam(1e-3)
+
+  def update(params, state, gradient):
+    norm = optax.tree.norm(gradient)
+    step, state = choose(
+      jnp.isfinite(norm),
+      lambda old: transform.update(gradient, old, params),
+      lambda old: (jnp.zeros_like(gradient), old),
+      state,
+    )
+    return params + step, state, norm, optax.tree.norm(step)
+
+  params = jnp.ones((1000, 1000))
+  operands = params, transform.init(params), draw(0, *params.shape)
+  lowered = jax.jit(update, donate_argnums=(0, 1)).lower(*operands)
+  return lowered.compile(), operands
+
+
+def where(condition, yes, no, operand):
+  return jax.tree.map(
+    lambda a, b: jnp.where(condition, a, b), yes(operand), no(operand)
+  )
+
+
+def test_a_chosen_update_is_made_in_place_on_cpu():
+  found, plain = adam(products.choose)[0], adam(where)[0]
+  held = found.memory_analysis().temp_size_in_bytes
+  # The step, whose norm is taken, and next to nothing else.
+  assert held < 1.1 * 4e6
+  assert plain.memory_analysis().temp_size_in_bytes > 1.5 * held
+
+
+@pytest.mark.parametrize("value", [1.0, np.nan])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_either_result_is_chosen_on_every_platform(
+  value, platform, monkeypatch
+):
+  monkeypatch.setattr(products, "platform", lambda: platform)
+  compiled, (params, state, gradient) = adam(products.choose)
+  before = np.array(params), np.array(state[0].mu)
+  after, state, *_ = compiled(params, state, gradient * value)
+  moved = not np.isnan(value)
+  assert np.array_equal(after, before[0]) == (not moved)
+  assert np.array_equal(state[0].mu, before[1]) == (not moved)
+  assert int(state[0].count) == int(moved)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -50,6 +51,20 @@ def change(config, number):
   return dataclasses.replace(config, train=train)
 
 
+def widen(config):
+  """The same with 128 samples, 16 pieces on 8 devices, in groups of 2."""
+  groups = {
+    name: 2
+    for name in accumulate.LOCAL_GROUPS
+    if getattr(config.objectives, name) < BATCH
+  }
+  return dataclasses.replace(
+    config,
+    data=dataclasses.replace(config.data, batch_size=128),
+    objectives=dataclasses.replace(config.objectives, **groups),
+  )
+
+
 class Found(NamedTuple):
   gradient: dict
   scalars: dict
@@ -57,22 +72,24 @@ class Found(NamedTuple):
 
 
 @functools.cache
-def gradients(name, number, num_devices=1):
-  """Of one batch."""
+def gradients(name, number, shape=(1, 1, 1), wide=False):
+  """Of one batch on a mesh, 128 samples if `wide`."""
   config = change(CONFIGS[name], number)
+  if wide:
+    config = widen(config)
   source = random_regions if config.system == "cmal" else random_pairs
   mesh = sharding.make_mesh(
-    MeshConfig(data=num_devices), devices=jax.devices()[:num_devices]
+    MeshConfig(**dict(zip(sharding.AXES, shape, strict=True))),
+    devices=jax.devices()[: math.prod(shape)],
   )
 
   def compute(params, batch, key):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return accumulate.gradients(params, batch, config=config, key=key, step=0)
 
+  params = random_pairs.spread_params(config)
   operands = (
-    jax.device_put(
-      random_pairs.spread_params(config), sharding.replicated(mesh)
-    ),
+    jax.device_put(params, sharding.param_shardings(params, mesh)),
     jax.device_put(source.batch(config), sharding.batch_sharding(mesh)),
     jax.random.key(7),
   )
@@ -103,6 +120,20 @@ def test_four_micro_batches_are_one_batch(name):
   assert_equal(gradients(name, 4), gradients(name, 1))
 
 
+@pytest.mark.grid
+@pytest.mark.parametrize("number", [1, 4, 16])
+@pytest.mark.parametrize(
+  "shape", [(1, 1, 1), (2, 1, 1), (2, 2, 1), (8, 1, 1), (2, 2, 2)], ids=str
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_micro_batches_on_every_mesh_are_one_batch_on_one_device(
+  name, shape, number
+):
+  assert_equal(
+    gradients(name, number, shape, wide=True), gradients(name, 1, wide=True)
+  )
+
+
 def test_one_micro_batch_is_held_at_a_time():
   held = {n: gradients("glscl", n).temporary for n in (1, 4)}
   size = sum(g.nbytes for g in jax.tree.leaves(gradients("glscl", 1).gradient))
@@ -114,7 +145,7 @@ def test_so_they_are_on_devices_that_share_groups():
   # Pieces of two samples on four devices: groups of four lie in fewer runs.
   config = change(CONFIGS["glscl"], 2)
   assert accumulate.find_parts(config, {"data": 4, "fsdp": 1}) == 2
-  assert_equal(gradients("glscl", 2, 4), gradients("glscl", 1))
+  assert_equal(gradients("glscl", 2, (4, 1, 1)), gradients("glscl", 1))
 
 
 def test_another_key_draws_another_step():

@@ -1,5 +1,4 @@
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -31,18 +30,12 @@ def batch(mesh):
 
 
 @pytest.fixture(scope="module")
-def compiled(mesh, batch):
-  lowered = step_lib.make_train_step(CONFIG, mesh).lower(
-    state_lib.abstract_state(CONFIG, mesh),
-    batch,
-    state_lib.run_key(CONFIG, mesh, "step"),
-  )
-  return lowered.compile()
-
-
-@pytest.fixture(scope="module")
-def train_step(mesh, compiled):
+def train_step(mesh, batch):
   key = state_lib.run_key(CONFIG, mesh, "step")
+  lowered = step_lib.make_train_step(CONFIG, mesh).lower(
+    state_lib.abstract_state(CONFIG, mesh), batch, key
+  )
+  compiled = lowered.compile()
   return lambda state, batch: compiled(state, batch, key)
 
 
@@ -123,15 +116,22 @@ def test_a_loss_that_is_not_finite_changes_nothing_but_the_counts(
 ):
   state, _ = train_step(state, batch)
   state = set_temperature(state, np.nan)
+  text = state.params["text"]
+  bias = jnp.full_like(text["norm"]["bias"], -0.0)
+  text |= {"norm": text["norm"] | {"bias": bias}}
+  state = dataclasses.replace(state, params=state.params | {"text": text})
   before = host(state)
   after, metrics = train_step(state, batch)
   assert np.isnan(metrics["loss"])
+  assert metrics["update_norm"] == 0
   assert int(after.step) == 2
   assert int(after.num_skipped) == int(metrics["num_skipped"]) == 1
-  jax.tree.map(np.testing.assert_array_equal, before.params, host(after.params))
-  jax.tree.map(
-    np.testing.assert_array_equal, before.opt_state, host(after.opt_state)
-  )
+
+  def assert_same_bits(a, b):
+    assert a.tobytes() == b.tobytes()
+
+  jax.tree.map(assert_same_bits, before.params, host(after.params))
+  jax.tree.map(assert_same_bits, before.opt_state, host(after.opt_state))
 
 
 def test_training_goes_on_after_a_skipped_step(train_step, state, batch):
@@ -190,15 +190,6 @@ def test_each_step_has_its_own_randomness():
 def test_the_state_is_donated(train_step, state, batch):
   train_step(state, batch)
   assert state.params["text"]["word_embedding"].is_deleted()
-
-
-def test_the_state_is_updated_where_it_lies(compiled):
-  """XLA used to copy all of it first, to read it several times."""
-  entry = compiled.as_text().partition("ENTRY")[2]
-  state = entry.partition("->")[0]
-  assert re.search(r"f32\[64,64\]", state)
-  copied = re.findall(r"= (f32\S+) copy\(%state_\S+\)", entry)
-  assert not [shape for shape in copied if re.search(r"\d{2},", shape)]
 
 
 def test_runs_that_differ_in_their_seed_share_a_compiled_step(mesh, batch):

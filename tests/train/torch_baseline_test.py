@@ -58,30 +58,50 @@ def test_every_objective_encodes_what_it_reads_by_itself(monkeypatch):
 
 
 def test_images_come_as_normalised_numbers_of_the_recipe_size(tmp_path):
-  def encode(colour):
+  def encode(image):
     out = io.BytesIO()
-    Image.new("RGB", (60, 40), colour).save(out, "PNG")
+    image.save(out, "PNG")
     return out.getvalue()
 
-  colours = [(255, 0, 128), (0, 64, 255), (9, 9, 9)]
+  rng = np.random.default_rng(0)
+  images = [
+    Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8))
+    for _ in range(3)
+  ]
   pairs.write(
     tmp_path / "data",
     splits={
       "train": lambda: (
-        pairs.Record(id=str(i), split="train", image=encode(c), captions=("a",))
-        for i, c in enumerate(colours)
+        pairs.Record(
+          id=str(i), split="train", image=encode(image), captions=("a",)
+        )
+        for i, image in enumerate(images)
       )
     },
     source={"kind": "test"},
     finish=lambda directory, manifest: None,
   )
-  data = dataclasses.replace(CONFIG.data, dir=str(tmp_path / "data"))
+  # The largest crop of this ratio is the image.
+  augment = dataclasses.replace(
+    CONFIG.data.augment, crop_scale=(1.0, 1.0), crop_ratio=(1.5, 1.5)
+  )
+  data = dataclasses.replace(
+    CONFIG.data, dir=str(tmp_path / "data"), augment=augment
+  )
   config = dataclasses.replace(CONFIG, data=data)
   pictures = torch_baseline.Pictures(config)
   assert len(pictures) == 3
   size = config.model.vision.image_size
-  for picture, colour in zip(pictures, colours, strict=False):
-    expected = (np.array(colour) / 255 - config.data.mean) / config.data.std
-    assert picture.shape == (3, size, size)
-    np.testing.assert_allclose(picture[:, 3, 5], expected, atol=1e-5)
-  assert torch_baseline.time_data(config, num_batches=2, num_workers=1) > 0
+  mirrored = 0
+  for picture, image in zip(pictures, images, strict=True):
+    small = image.resize((size, size), Image.Resampling.BICUBIC)
+    unit_YXC = (np.asarray(small) / 255 - config.data.mean) / config.data.std
+    expected = unit_YXC.transpose(2, 0, 1)
+    flip = not np.allclose(picture, expected, atol=1e-5)
+    mirrored += flip
+    np.testing.assert_allclose(
+      picture, expected[:, :, ::-1] if flip else expected, atol=1e-5
+    )
+  assert 0 < mirrored < 3
+  rate = torch_baseline.time_images(config, num_images=20, num_workers=1)
+  assert 1 < rate < 1e6
