@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from glscl_jax import types
+from glscl_jax import errors, types
 from glscl_jax.models import products
 
 CUDNN_STEP = 8  # cudnn: lengths are multiples of it
@@ -102,6 +102,9 @@ def cudnn(
 
   Lengths are filled up, since it has no gradient at odd ones. It takes masks of
   all queries and keys, or the number of keys of each sample.
+
+  Raises:
+    UserError: cuDNN is not there, or too old.
   """
   batch, _, length, _ = q_BHLK.shape
   num_keys = k_BHMK.shape[2]
@@ -117,15 +120,21 @@ def cudnn(
   elif num_keys < k_BHMK.shape[2]:
     counts_B = jnp.full(batch, num_keys, jnp.int32)
   q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_BHLK, k_BHMK, v_BHMK))
-  mixed = jax.nn.dot_product_attention(
-    q,
-    k,
-    v,
-    mask=mask_B1LM,
-    key_value_seq_lengths=counts_B,
-    is_causal=causal,
-    implementation="cudnn",
-  )
+  try:
+    mixed = jax.nn.dot_product_attention(
+      q,
+      k,
+      v,
+      mask=mask_B1LM,
+      key_value_seq_lengths=counts_B,
+      is_causal=causal,
+      implementation="cudnn",
+    )
+  except RuntimeError as error:  # there is none, or an old one
+    raise errors.UserError(
+      f"config.model.fused_attention: {error} The extra [gpu] brings cuDNN; "
+      "without it set --config.model.fused_attention=False"
+    ) from error
   return mixed.transpose(0, 2, 1, 3)[:, :, :length]
 
 

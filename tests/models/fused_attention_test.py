@@ -16,6 +16,7 @@ import pytest
 
 from glscl_jax import sharding
 from glscl_jax.config import MeshConfig
+from glscl_jax.errors import UserError
 from glscl_jax.models import attention, fused_attention, products
 from glscl_jax.systems import registry
 from tests import random_pairs, random_regions
@@ -210,6 +211,16 @@ def pretend_cudnn(monkeypatch):
   monkeypatch.setattr(
     fused_attention_stablehlo, "check_cudnn_version", lambda: 91000
   )
+
+
+def test_without_cudnn_the_field_to_change_is_named(monkeypatch):
+  from jax._src.cudnn import fused_attention_stablehlo
+
+  monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", None)
+  (q, k, v, valid_BM), causal = make_case("padded keys")
+  operands = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+  with pytest.raises(UserError, match="fused_attention: cuDNN is not detected"):
+    fused_attention.cudnn(*operands, valid_BM, causal=causal)
 
 
 @pytest.mark.parametrize("case", CASES)
