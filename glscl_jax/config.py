@@ -564,7 +564,7 @@ class DataConfig:
     _check(
       list(self.text_lengths) == sorted(set(self.text_lengths)),
       "text_lengths",
-      f"does not rise: {self.text_lengths}",
+      f"must rise, is {self.text_lengths}",
     )
     _check(0 <= self.max_bad_share <= 1, "max_bad_share", "must be in [0, 1]")
     _check(min(self.std) > 0, "std", "must be positive")

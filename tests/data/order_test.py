@@ -85,7 +85,7 @@ def test_too_few_pairs_for_a_batch_say_what_to_set(tokens_A):
 
 @pytest.mark.parametrize(
   "lengths, told",
-  [((16, 8), "does not rise"), ((2, 8), "from 3 to below"), ((8, 50), "below")],
+  [((16, 8), "must rise"), ((2, 8), "from 3 to below"), ((8, 50), "below")],
 )
 def test_lengths_that_make_no_sense_are_told(lengths, told):
   with pytest.raises(config_lib.ConfigError, match=told):
