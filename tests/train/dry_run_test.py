@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import shutil
 import types
 
@@ -166,7 +167,11 @@ def test_a_damaged_checkpoint_fails_a_dry_run_as_it_fails_a_start(
 ):
   workdir = shutil.copytree(saved, tmp_path / "work")
   (workdir / "checkpoints" / "3" / name).write_bytes(b"")
-  dry, real = reasons(config, workdir)
+  # Arrays are read at once: any of them may be the first that fails.
+  dry, real = (
+    re.sub(r'reading "\S+"', "reading one", reason)
+    for reason in reasons(config, workdir)
+  )
   assert dry == real
   assert "checkpoints/3: cannot be read" in dry
 
