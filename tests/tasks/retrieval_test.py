@@ -297,6 +297,15 @@ def test_views_count_as_their_mean_vector(model, encodings):
   np.testing.assert_array_equal(found.image_tokens, encodings.image_tokens)
 
 
+def test_views_are_resized_as_the_whole_image_is(model):
+  data = model.config.data
+  augment = dataclasses.replace(data.augment, resize="opencv")
+  config = dataclasses.replace(
+    model.config, data=dataclasses.replace(data, augment=augment)
+  )
+  assert retrieval.view_augment(config) == retrieval.view_augment(model.config)
+
+
 def test_one_call_reads_the_querybank_too(model):
   protocol = retrieval.Protocol(
     rerank="querybank", querybank="test", captions="all"
